@@ -1,0 +1,111 @@
+"""What passes between the rooms: one batch of images, a data set to evaluate on, and what a datamodule promises.
+
+Shapes: B batch, C channels, H height, W width, N images of a data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from aft.errors import DataError, unknown_name
+
+
+@dataclass
+class Batch:
+    """Images before any normalisation, and what is known of them.
+
+    Args:
+        images: ``float32 [B, 3, H, W]`` in [0, 1].
+        index: ``int64 [B]``, the stable number of each sample: its place in the data set (for shards a hash of shard and key).
+        labels: ``int64 [B]``, places in the data set's class list; none for caption data.
+        captions: one text a sample; none for labelled data.
+    """
+
+    images: Tensor
+    index: Tensor
+    labels: Tensor | None = None
+    captions: list[str] | None = None
+
+
+class Images(Protocol):
+    """A map-style store of images: ``images[i]`` is ``float32 [3, H, W]`` in [0, 1]."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def __getitem__(self, position: int) -> Tensor:
+        """One image, ``float32 [3, H, W]`` in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A labelled set that is scored sample by sample, without padding.
+
+    Args:
+        name: id of the data set, such as ``cifar10``.
+        split: ``test``, ``val``, ``holdout`` ...
+        images: the image store.
+        labels_N: ``int64 [N]``, places in ``class_names``.
+        index_N: ``int64 [N]``, the stable number of each sample; it does not change when classes are selected.
+        class_names: what the labels mean.
+        templates: prompts with one ``{}`` each.
+        label_space: ``all``, or the name of a selection of classes.
+        positions_N: where each sample lies in ``images``.
+    """
+
+    name: str
+    split: str
+    images: Images
+    labels_N: Tensor
+    index_N: Tensor
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    label_space: str = "all"
+    positions_N: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The samples at ``rows`` (places in this set, in the order given)."""
+        rows_n = torch.as_tensor(rows, dtype=torch.long)
+        positions = rows_n if self.positions_N is None else self.positions_N[rows_n]
+        images = torch.stack([self.images[int(p)] for p in positions])
+        return Batch(images, self.index_N[rows_n], self.labels_N[rows_n])
+
+    def select(self, classes: Sequence[str], label_space: str) -> EvaluationSet:
+        """The samples of some classes, classified among these names alone.
+
+        Raises:
+            DataError: a name is not in the class list (near matches are listed).
+        """
+        for name in classes:
+            if name not in self.class_names:
+                raise DataError(unknown_name("class", name, self.class_names))
+        new_label = torch.full((len(self.class_names),), -1, dtype=torch.long)
+        for place, name in enumerate(classes):
+            new_label[self.class_names.index(name)] = place
+        keep = (new_label[self.labels_N] >= 0).nonzero().flatten()
+        positions = torch.arange(len(self)) if self.positions_N is None else self.positions_N
+        return replace(self, labels_N=new_label[self.labels_N[keep]], index_N=self.index_N[keep], class_names=tuple(classes),
+                       label_space=label_space, positions_N=positions[keep])
+
+
+@runtime_checkable
+class ClassData(Protocol):
+    """What a method asks of ``trainer.datamodule``.
+
+    ``class_lists`` maps the name of a class list to its names; ``"train"`` is what the training labels mean.
+    ``val_class_lists`` names, for each validation loader in turn, the list that its labels mean.
+    ``class_phrases`` gives, per training class, every phrase that is true of it (name first): what pre-training makes captions of.
+    """
+
+    class_lists: dict[str, tuple[str, ...]]
+    val_class_lists: tuple[str, ...]
+    templates: tuple[str, ...]
+    class_phrases: tuple[tuple[str, ...], ...]

@@ -1,0 +1,58 @@
+"""What a ViT image tower costs in floating-point operations, as a function of its configuration.
+
+Two operations a multiply-add. T tokens, D width, p patch size, N patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TowerCost:
+    """Cost of one image.
+
+    Args:
+        forward: F, operations of a forward pass.
+        attention_share: ``a``, share of F in the two attention products (both of their operands have gradients).
+        patch_share: ``p``, share of F in the patch embedding (its input needs no gradient when weights are trained).
+    """
+
+    forward: float
+    attention_share: float
+    patch_share: float
+
+    @property
+    def input_gradient(self) -> float:
+        """Backward to the pixels alone, weights frozen: ``(1 + a) F``."""
+        return (1 + self.attention_share) * self.forward
+
+    @property
+    def weight_gradient(self) -> float:
+        """Backward to the weights, pixels without gradient: ``(2 - p) F``."""
+        return (2 - self.patch_share) * self.forward
+
+    def fine_tuning_step(self, attack_steps: int) -> float:
+        """An adversarial fine-tuning step of one adversarial view (TeCoA): ``k (F + (1 + a) F) + F + (2 - p) F``."""
+        return attack_steps * (self.forward + self.input_gradient) + self.forward + self.weight_gradient
+
+
+def vit_cost(config: Mapping[str, Any]) -> TowerCost:
+    """The cost of open_clip's VisionTransformer with this model configuration.
+
+    Example:
+        >>> import open_clip
+        >>> cost = vit_cost(open_clip.get_model_config("ViT-B-32"))
+        >>> round(cost.forward / 1e9, 2), round(cost.attention_share, 3), round(cost.patch_share, 3)
+        (8.82, 0.011, 0.026)
+    """
+    vision = config["vision_cfg"]
+    width, patches = vision["width"], (vision["image_size"] // vision["patch_size"]) ** 2
+    tokens = patches + 1
+    attention = vision["layers"] * 4 * tokens**2 * width
+    linear = vision["layers"] * 2 * tokens * width**2 * (4 + 2 * vision.get("mlp_ratio", 4.0))
+    patch = 2 * patches * 3 * vision["patch_size"] ** 2 * width
+    forward = attention + linear + patch + 2 * width * config["embed_dim"]
+    return TowerCost(forward, attention / forward, patch / forward)

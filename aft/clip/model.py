@@ -1,0 +1,189 @@
+"""ZeroShotModel: pixels in [0, 1] -> Encoding -> logits over a text bank.
+
+Shapes: B images, C channels, H height, W width, N patches, D embedding width, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aft.clip.prompts import fill_templates, text_hash
+from aft.clip.towers import encode_with_tokens
+from aft.errors import ConfigError
+
+TEXTS_AT_ONCE = 512
+BANKS_KEPT = 16
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """All that decides how pixels become logits; it is saved with every checkpoint and printed on every card.
+
+    Args:
+        name: what the user asked for, such as ``miniclip32`` or ``ViT-B-32``.
+        layout: where the weights came from: ``open_clip``, ``aft`` (a checkpoint of ours), ``random``.
+        sha256: of the weights file; of the tensors where there is no file.
+        base_sha256: of the weights that a fine-tuning started from; none for a base model.
+        config: open_clip's model configuration (``vision_cfg``, ``text_cfg`` ...), enough to build the architecture.
+        resolution: side of the square that the tower sees, in pixels.
+        mean, std: per-channel normalisation of pixels in [0, 1].
+        activation: ``gelu`` or ``quick_gelu``.
+        logit_scale: the factor on cosines, ``exp`` of the trained parameter.
+        method: the recipe that trained it, ``none`` before any adversarial fine-tuning.
+        eps_trained: radius that it was trained with, in pixel units; none for an undefended model.
+        text_transform: what happens to text embeddings.
+    """
+
+    name: str
+    layout: str
+    sha256: str
+    config: dict[str, object]
+    resolution: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    activation: str
+    logit_scale: float
+    base_sha256: str | None = None
+    method: str = "none"
+    eps_trained: float | None = None
+    text_transform: str = "identity"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What an image tower says of a batch.
+
+    Args:
+        embedding_BD: the projected embedding, *not* normalised (FARE compares these).
+        tokens_BND: patch tokens in the joint space, not normalised; none unless asked for.
+    """
+
+    embedding_BD: Tensor
+    tokens_BND: Tensor | None = None
+
+    @cached_property
+    def unit_BD(self) -> Tensor:
+        """The embedding as fp32 (or wider) unit vectors."""
+        embedding_BD = self.embedding_BD if self.embedding_BD.dtype == torch.float64 else self.embedding_BD.float()
+        return F.normalize(embedding_BD, dim=-1)
+
+
+def state_hash(module: nn.Module) -> str:
+    """sha256 over names and values of a module's state, in the order of names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class ZeroShotModel(nn.Module):
+    """A CLIP that takes pixels in [0, 1]; resize and normalisation are part of its graph.
+
+    ``logits = logit_scale * unit(image) @ unit(text).T``, in fp32 also under autocast.
+
+    Args:
+        clip: an open_clip model (``encode_text``, ``visual``, ``logit_scale``).
+        tokenizer: texts -> ``int64 [n, context]``.
+        record: resolution, normalisation, activation and where the weights came from.
+    """
+
+    def __init__(self, clip: nn.Module, tokenizer: Callable[[list[str]], Tensor], record: ModelRecord) -> None:
+        super().__init__()
+        self.clip = clip
+        self.tokenizer = tokenizer
+        self.record = record
+        self._banks: dict[str, Tensor] = {}
+        shape = (1, 3, 1, 1)
+        self.register_buffer("mean", torch.tensor(record.mean).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(record.std).view(shape), persistent=False)
+
+    @property
+    def visual(self) -> nn.Module:
+        """The image tower."""
+        tower = self.clip.visual
+        assert isinstance(tower, nn.Module)
+        return tower
+
+    @property
+    def text_parameters(self) -> list[nn.Parameter]:
+        """Every parameter that is not the image tower's, the logit scale aside."""
+        return [p for name, p in self.clip.named_parameters() if not name.startswith("visual.") and name != "logit_scale"]
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The factor on cosines (``exp`` of the parameter), fp32, with gradient where it is trained."""
+        return self.clip.get_parameter("logit_scale").exp()
+
+    def pixels(self, images_BCHW: Tensor) -> Tensor:
+        """Resize (bicubic, antialiased, only where the size differs) and normalise: ``[B, 3, R, R]``."""
+        side = self.record.resolution
+        if images_BCHW.shape[-2:] != (side, side):
+            images_BCHW = F.interpolate(images_BCHW, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+        mean, std = self.get_buffer("mean"), self.get_buffer("std")
+        return (images_BCHW - mean.to(images_BCHW.dtype)) / std.to(images_BCHW.dtype)
+
+    def encode(self, images_BCHW: Tensor, tokens: bool = False) -> Encoding:
+        """Embeds images in [0, 1] of any size; patch tokens come from the same pass when asked for.
+
+        Raises:
+            ConfigError: tokens are asked of a tower that has none.
+        """
+        if tokens:
+            return Encoding(*encode_with_tokens(self.visual, self.pixels(images_BCHW)))
+        return Encoding(self.visual(self.pixels(images_BCHW)))
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Unit embeddings of texts, ``[n, D]``; with gradient where the text tower is trained."""
+        device = self.clip.get_parameter("logit_scale").device
+        chunks = [list(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE)]
+        embedded = [self.clip.encode_text(self.tokenizer(chunk).to(device)) for chunk in chunks]  # type: ignore[operator]
+        return F.normalize(torch.cat(embedded).float() if embedded[0].dtype != torch.float64 else torch.cat(embedded), dim=-1)
+
+    def text_bank(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """One unit vector a class: the normalised mean over templates of unit prompt embeddings, ``[K, D]``, detached.
+
+        Kept by a hash of names, templates and text weights, so the text tower runs once a class list.
+        """
+        key = text_hash(names, templates) + self._text_state()
+        if key not in self._banks:
+            self._banks = {key: self._make_bank(names, templates), **dict(list(self._banks.items())[: BANKS_KEPT - 1])}
+        return self._banks[key]
+
+    def _make_bank(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        prompts = [text for of_class in fill_templates(names, templates) for text in of_class]
+        device = self.clip.get_parameter("logit_scale").device.type
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):  # an attack saves it for backward
+            unit_nD = self.encode_text(prompts)
+            return F.normalize(unit_nD.view(len(names), len(templates), -1).mean(1), dim=-1)
+
+    def _text_state(self) -> str:
+        """Changes whenever a text parameter is written to, moved or replaced; cheaper than a hash of its values."""
+        return "/".join(f"{p.data_ptr()}.{p._version}" for p in self.text_parameters)
+
+    def logits(self, encoding: Encoding, text_KD: Tensor, logit_scale: Tensor | float | None = None) -> Tensor:
+        """``logit_scale * unit(image) @ text.T``: ``[B, K]``, fp32 (or wider) also under autocast.
+
+        Raises:
+            ConfigError: the text bank has another width than the image embedding.
+        """
+        unit_BD = encoding.unit_BD
+        if text_KD.shape[-1] != unit_BD.shape[-1]:
+            raise ConfigError(
+                f"text bank of width {text_KD.shape[-1]} against image embeddings of width {unit_BD.shape[-1]}: "
+                "the bank was made by another model; make it with this model's text_bank."
+            )
+        scale = self.logit_scale if logit_scale is None else logit_scale
+        with torch.autocast(unit_BD.device.type, enabled=False):
+            return scale * unit_BD @ text_KD.to(unit_BD.dtype).T
+
+    def forward(self, images_BCHW: Tensor, text_KD: Tensor) -> Tensor:
+        """Logits of images in [0, 1] over a text bank, ``[B, K]``."""
+        return self.logits(self.encode(images_BCHW), text_KD)
