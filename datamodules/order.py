@@ -1,0 +1,166 @@
+"""Which images make which batch: the order of training (seeded, resumable, split over ranks) and of evaluation (exact, no padding).
+
+Both are samplers whose items stand for whole batches; the data set beneath makes a batch at once, without work per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from aft.batch import Batch
+from aft.errors import ConfigError, RunError
+from datamodules.augment import Augment, apply, draw
+from datamodules.images import ImageStore
+
+ORDER, AUGMENTATION = 0, 1  # separate streams of random numbers under one seed
+
+
+@dataclass(frozen=True)
+class BatchKey:
+    """One batch: the samples, and where their random draws come from.
+
+    Args:
+        rows_B: ``int64 [B]``, places in the set.
+        epoch, step: of training, from 0; the step counts within the epoch.
+        start: place of the first sample in the global batch.
+        total: samples in the global batch.
+    """
+
+    rows_B: Tensor
+    epoch: int = 0
+    step: int = 0
+    start: int = 0
+    total: int = 0
+
+
+class TrainOrder(Sampler[BatchKey]):
+    """A new permutation each epoch, cut into global batches, of which rank r of W takes the r-th part. The remainder is dropped.
+
+    The global batches depend on (seed, epoch) and their size only; ``set_epoch`` is what Lightning calls.
+
+    Args:
+        count: training images.
+        batch_size: images a process and step.
+        seed: of the order and the augmentation.
+        rank, world: this process among how many.
+
+    Raises:
+        ConfigError: fewer images than one global batch.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self.count, self.batch_size, self.seed, self.rank, self.world = count, batch_size, seed, rank, world
+        self.epoch = self.start = self.drawn = 0
+        if len(self) == 0:
+            raise ConfigError(f"batch_size = {batch_size} on {world} processes needs {batch_size * world} training images, "
+                              f"but there are {count}: lower batch_size.")
+
+    def __len__(self) -> int:
+        return self.count // (self.batch_size * self.world)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the permutation; another epoch than the one at hand begins at its first batch."""
+        if epoch != self.epoch:
+            self.epoch, self.start, self.drawn = epoch, 0, 0
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        first, self.start = self.start, 0
+        order = torch.from_numpy(np.random.default_rng((self.seed, ORDER, self.epoch)).permutation(self.count))
+        total, begin = self.batch_size * self.world, self.rank * self.batch_size
+        for step in range(first, len(self)):
+            place = step * total + begin
+            yield BatchKey(order[place:place + self.batch_size], self.epoch, step, begin, total)
+
+
+class ExactOrder(Sampler[BatchKey]):
+    """Every sample once, in order: rank r of W takes r, r + W, ...; no padding, the last batch may be smaller.
+
+    Args:
+        count: samples of the set.
+        batch_size: images a process and step.
+        rank, world: this process among how many.
+    """
+
+    def __init__(self, count: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        self.batches = torch.arange(rank, count, world).split(batch_size) if rank < count else ()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        return (BatchKey(rows_B) for rows_B in self.batches)
+
+
+class Batches(Dataset[Batch]):
+    """Makes the batch of a key: images from the store, their draws applied, float32 in [0, 1].
+
+    Args:
+        images: the store.
+        rows_N: ``int64 [N]``, which of its images belong to this set.
+        labels_N, index_N: ``int64 [N]``, label and stable number of each.
+        augment, padding, seed: of the augmentation; padding in pixels.
+    """
+
+    def __init__(self, images: ImageStore, rows_N: Tensor, labels_N: Tensor, index_N: Tensor, *, augment: Augment = "none",
+                 padding: int = 0, seed: int = 0) -> None:
+        self.images, self.rows_N, self.labels_N, self.index_N = images, rows_N, labels_N, index_N
+        self.augment, self.padding, self.seed = augment, padding, seed
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    def __getitem__(self, key: BatchKey) -> Batch:
+        images_BCHW = self.images.take(self.rows_N[key.rows_B])
+        if self.augment != "none":
+            draws = draw(self.augment, key.total, self.padding, (self.seed, AUGMENTATION, key.epoch, key.step))
+            images_BCHW = apply(images_BCHW, draws.part(key.start, key.start + len(key.rows_B)))
+        return Batch(images_BCHW.float().div_(255), self.index_N[key.rows_B], self.labels_N[key.rows_B])
+
+
+class TrainLoader(DataLoader[Batch]):
+    """A DataLoader of whole batches whose place in the epoch is in the checkpoint: Lightning saves and restores it.
+
+    Iteration starts with the first batch asked for, not with ``iter()``: Lightning opens the iterator before it sets the epoch.
+
+    Args:
+        batches: what makes a batch of a key.
+        order: the keys of an epoch.
+        num_workers: processes that make batches; 0: this one.
+
+    Raises:
+        RunError: resumed in the middle of an epoch, with another global batch, seed or number of images than then.
+    """
+
+    def __init__(self, batches: Batches, order: TrainOrder, num_workers: int = 0) -> None:
+        super().__init__(batches, sampler=order, batch_size=None, num_workers=num_workers, persistent_workers=num_workers > 0)
+        self.order, self._saved_under = order, self._depends_on(order)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.order.start and self._saved_under != self._depends_on(self.order):
+            raise RunError(f"the checkpoint is in the middle of an epoch of {self._saved_under}, this run has "
+                           f"{self._depends_on(self.order)}: keep these settings, or resume from a checkpoint at the end of an epoch.")
+        self.order.drawn = self.order.start
+        for batch in super().__iter__():
+            self.order.drawn += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, the batches already drawn in it, and the settings that this place depends on."""
+        return {"epoch": self.order.epoch, "drawn": self.order.drawn, "of": self._depends_on(self.order)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after the batches that were drawn. With other settings the next iteration raises, unless a new epoch begins first."""
+        self.order.epoch = state["epoch"]
+        self.order.start = self.order.drawn = state["drawn"]
+        self._saved_under = state["of"]
+
+    @staticmethod
+    def _depends_on(order: TrainOrder) -> dict[str, int]:
+        return {"images": order.count, "global_batch": order.batch_size * order.world, "seed": order.seed}
