@@ -58,7 +58,9 @@ def model(tiny: ModelSpec) -> ZeroShotModel:
 class MemoryData(L.LightningDataModule):
     """Random images whose brightness tells the class, in memory; the class data a method asks for."""
 
-    def __init__(self, count: int = 24, names: tuple[str, ...] = ("cat", "dog", "ship"), batch_size: int = 8, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, count: int = 24, names: tuple[str, ...] = ("cat", "dog", "ship"), batch_size: int = 8, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         noise = torch.Generator().manual_seed(0)
         self.labels = torch.arange(count) % len(names)

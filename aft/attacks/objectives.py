@@ -171,6 +171,8 @@ def _highest_class(classes_B: Tensor, name: str) -> int:
     """The largest class number, after the checks that need no K; one wait for the device."""
     if classes_B.dtype != torch.int64 or classes_B.ndim != 1 or not classes_B.numel():
         raise InputError(f"{name} is {classes_B.dtype} of shape {tuple(classes_B.shape)}: give one int64 class number an image, shape [B].")
+    if classes_B.is_meta:  # no values to look at: operations are counted on the meta device
+        return 0
     lowest, highest = torch.stack(torch.aminmax(classes_B)).tolist()
     if lowest < 0:
         raise InputError(f"{name} holds {lowest}, outside [0, K): class numbers are 0 to K - 1; leave unlabelled images out.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,6 +74,11 @@ class Encoding:
         """The embedding as fp32 (or wider) unit vectors."""
         embedding_BD = self.embedding_BD if self.embedding_BD.dtype == torch.float64 else self.embedding_BD.float()
         return F.normalize(embedding_BD, dim=-1)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Leaves a caller's autocast."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def state_hash(module: nn.Module) -> str:
@@ -159,8 +165,8 @@ class ZeroShotModel(nn.Module):
 
     def _make_bank(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
         prompts = [text for of_class in fill_templates(names, templates) for text in of_class]
-        device = self.clip.get_parameter("logit_scale").device.type
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):  # an attack saves it for backward
+        device = self.clip.get_parameter("logit_scale").device
+        with torch.inference_mode(False), torch.no_grad(), full_precision(device):  # an attack saves the bank for backward
             unit_nD = self.encode_text(prompts)
             return F.normalize(unit_nD.view(len(names), len(templates), -1).mean(1), dim=-1)
 
@@ -181,7 +187,7 @@ class ZeroShotModel(nn.Module):
                 "the bank was made by another model; make it with this model's text_bank."
             )
         scale = self.logit_scale if logit_scale is None else logit_scale
-        with torch.autocast(unit_BD.device.type, enabled=False):
+        with full_precision(unit_BD.device):
             return scale * unit_BD @ text_KD.to(unit_BD.dtype).T
 
     def forward(self, images_BCHW: Tensor, text_KD: Tensor) -> Tensor:

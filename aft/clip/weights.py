@@ -60,7 +60,7 @@ class Architecture:
         return "quick_gelu" if self.config.get("quick_gelu") else "gelu"
 
 
-def load_model(spec: ModelSpec | str = ModelSpec()) -> ZeroShotModel:  # noqa: B008  (frozen)
+def load_model(spec: ModelSpec | str = ModelSpec()) -> ZeroShotModel:
     """Builds the model that ``spec`` names, in fp32 and eval mode.
 
     A checkpoint of ours knows its own architecture, so ``name`` is then taken from it.
@@ -79,7 +79,9 @@ def _load(spec: ModelSpec) -> ZeroShotModel:
     if spec.pretrained == "random":
         architecture = describe(spec.name, None)
         clip = build_clip(architecture.config, spec.patch_dropout)
-        return ZeroShotModel(clip, tokenizer_of(spec.name, architecture.config), _record(spec.name, "random", state_hash(clip), architecture, clip))
+        return ZeroShotModel(
+            clip, tokenizer_of(spec.name, architecture.config), _record(spec.name, "random", state_hash(clip), architecture, clip)
+        )
     path = _weights_file(spec)
     if path is None:
         return _from_tag(spec)
@@ -89,23 +91,33 @@ def _load(spec: ModelSpec) -> ZeroShotModel:
     architecture = describe(spec.name, None)
     clip = build_clip(architecture.config, spec.patch_dropout)
     load_strictly(clip, contents.get("state_dict", contents), str(path))
-    return ZeroShotModel(clip, tokenizer_of(spec.name, architecture.config), _record(spec.name, "open_clip", file_hash(path), architecture, clip))
+    return ZeroShotModel(
+        clip, tokenizer_of(spec.name, architecture.config), _record(spec.name, "open_clip", file_hash(path), architecture, clip)
+    )
 
 
 def _from_tag(spec: ModelSpec) -> ZeroShotModel:
     architecture = describe(spec.name, spec.pretrained)
     quick_gelu = bool(architecture.config.get("quick_gelu"))
     try:
-        clip = open_clip.create_model(spec.name, pretrained=spec.pretrained, force_quick_gelu=quick_gelu, force_patch_dropout=spec.patch_dropout)
+        clip = open_clip.create_model(
+            spec.name, pretrained=spec.pretrained, force_quick_gelu=quick_gelu, force_patch_dropout=spec.patch_dropout
+        )
     except (RuntimeError, OSError) as error:
-        raise WeightsError(f"{spec.name} with tag {spec.pretrained!r} could not be fetched ({error}): check the network, or give a weights file.") from error
-    return ZeroShotModel(clip, tokenizer_of(spec.name, architecture.config), _record(spec.name, "open_clip", state_hash(clip), architecture, clip))
+        raise WeightsError(
+            f"{spec.name} with tag {spec.pretrained!r} could not be fetched ({error}): check the network, or give a weights file."
+        ) from error
+    return ZeroShotModel(
+        clip, tokenizer_of(spec.name, architecture.config), _record(spec.name, "open_clip", state_hash(clip), architecture, clip)
+    )
 
 
 def _from_checkpoint(path: Path, contents: Mapping[str, Any], spec: ModelSpec) -> ZeroShotModel:
     header = contents[CHECKPOINT_KEY]
     if header.get("schema") != CHECKPOINT_SCHEMA:
-        raise WeightsError(f"{path}: checkpoint schema {header.get('schema')!r} is not {CHECKPOINT_SCHEMA!r}: read it with the version that wrote it.")
+        raise WeightsError(
+            f"{path}: checkpoint schema {header.get('schema')!r} is not {CHECKPOINT_SCHEMA!r}: read it with the version that wrote it."
+        )
     stored = header["model"]
     record = ModelRecord(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
     clip = build_clip(record.config, spec.patch_dropout)
@@ -113,7 +125,9 @@ def _from_checkpoint(path: Path, contents: Mapping[str, Any], spec: ModelSpec) -
     state = {key.removeprefix(prefix): value for key, value in contents["state_dict"].items() if key.startswith(prefix)}
     load_strictly(clip, state, str(path))
     scale = float(clip.get_parameter("logit_scale").detach().exp())
-    return ZeroShotModel(clip, tokenizer_of(record.name, record.config), replace(record, layout="aft", sha256=file_hash(path), logit_scale=scale))
+    return ZeroShotModel(
+        clip, tokenizer_of(record.name, record.config), replace(record, layout="aft", sha256=file_hash(path), logit_scale=scale)
+    )
 
 
 def checkpoint_header(model: ZeroShotModel, method: str, eps_trained: float | None) -> dict[str, Any]:
@@ -139,7 +153,9 @@ def describe(name: str, tag: str | None) -> Architecture:
     if tag is not None:
         tags = open_clip.list_pretrained_tags_by_model(name)
         if tag.lower() not in [known.lower() for known in tags]:
-            raise WeightsError(f"{unknown_name(f'weights tag of {name}', tag, [*tags, 'random'])} A path to a file is allowed too; no file is there.")
+            raise WeightsError(
+                f"{unknown_name(f'weights tag of {name}', tag, [*tags, 'random'])} A path to a file is allowed too; no file is there."
+            )
         preprocess = open_clip.get_pretrained_cfg(name, tag)
         config["quick_gelu"] = bool(preprocess.get("quick_gelu", config.get("quick_gelu", False)))
     mean, std = preprocess.get("mean") or open_clip.OPENAI_DATASET_MEAN, preprocess.get("std") or open_clip.OPENAI_DATASET_STD
@@ -157,7 +173,8 @@ def tokenizer_of(name: str, config: Mapping[str, Any]) -> Callable[[list[str]], 
     if name in open_clip.list_models():
         tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(name)
         return tokenizer
-    return SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
+    own: Callable[[list[str]], Tensor] = SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
+    return own
 
 
 def build_clip(config: Mapping[str, Any], patch_dropout: float = 0.0) -> nn.Module:
@@ -214,7 +231,9 @@ def read_file(path: Path) -> dict[str, Any]:
             return dict(load_file(path))
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        raise WeightsError(f"{path} is no weights file, or holds more than tensors and plain types, which could run code: save its state_dict alone.") from error
+        raise WeightsError(
+            f"{path} is no weights file, or holds more than tensors and plain types, which could run code: save its state_dict alone."
+        ) from error
     except (SafetensorError, RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read as weights ({error}): is the file whole? Copy or download it again.") from error
     if not isinstance(contents, Mapping):
@@ -234,7 +253,9 @@ def load_strictly(module: nn.Module, state: Mapping[str, Any], origin: str) -> N
         "missing": [key for key in own if key not in given],
         "unexpected": [key for key in given if key not in own],
         "of another shape": [
-            f"{key} {tuple(given[key].shape)} for {tuple(own[key].shape)}" for key in own if key in given and given[key].shape != own[key].shape
+            f"{key} {tuple(given[key].shape)} for {tuple(own[key].shape)}"
+            for key in own
+            if key in given and given[key].shape != own[key].shape
         ],
     }
     found = [f"{len(keys)} {what}: {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}" for what, keys in faults.items() if keys]
@@ -246,4 +267,8 @@ def load_strictly(module: nn.Module, state: Mapping[str, Any], origin: str) -> N
 def file_hash(path: Path) -> str:
     """sha256 of a file."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(stream.read()).hexdigest()
+        return (
+            hashlib.file_digest(stream, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(stream.read()).hexdigest()
+        )

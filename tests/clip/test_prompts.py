@@ -11,7 +11,9 @@ def test_every_name_meets_every_template() -> None:
     assert fill_templates(["a{b}", "c"], ["{}", "x {}"]) == [["a{b}", "x a{b}"], ["c", "x c"]]
 
 
-@pytest.mark.parametrize(("names", "templates", "words"), [([], ["{}"], "no class names"), (["a"], [], "no templates"), (["a"], ["x"], "0 places")])
+@pytest.mark.parametrize(
+    ("names", "templates", "words"), [([], ["{}"], "no class names"), (["a"], [], "no templates"), (["a"], ["x"], "0 places")]
+)
 def test_unusable_lists_are_refused(names: list[str], templates: list[str], words: str) -> None:
     """The message says what is missing."""
     with pytest.raises(ConfigError, match=words):

@@ -52,7 +52,10 @@ def test_random_weights_need_no_file_and_move_no_stream() -> None:
 
 def test_half_precision_files_become_fp32(tiny_folder: Path, tmp_path: Path) -> None:
     """A small file is a matter of storage."""
-    state = {key: value.half() if value.is_floating_point() else value for key, value in load_file(tiny_folder / "open_clip_model.safetensors").items()}
+    state = {
+        key: value.half() if value.is_floating_point() else value
+        for key, value in load_file(tiny_folder / "open_clip_model.safetensors").items()
+    }
     save_file(state, tmp_path / "half.safetensors")
     loaded = load_model(ModelSpec("tiny", str(tmp_path / "half.safetensors")))
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
@@ -62,7 +65,10 @@ def test_half_precision_files_become_fp32(tiny_folder: Path, tmp_path: Path) -> 
 def test_files_with_and_without_wrapping(tiny_folder: Path, tmp_path: Path, layout: str) -> None:
     """A state dict, one inside a dictionary, and one from DataParallel load alike."""
     state = load_file(tiny_folder / "open_clip_model.safetensors")
-    torch.save({"state_dict": state} if layout == "state_dict" else {("module." if layout == "module." else "") + k: v for k, v in state.items()}, tmp_path / "x.pt")
+    torch.save(
+        {"state_dict": state} if layout == "state_dict" else {("module." if layout == "module." else "") + k: v for k, v in state.items()},
+        tmp_path / "x.pt",
+    )
     loaded = load_model(ModelSpec("tiny", str(tmp_path / "x.pt")))
     torch.testing.assert_close(loaded.clip.state_dict(), load_model("tiny").clip.state_dict())
 
@@ -73,7 +79,9 @@ def test_a_misfit_lists_what_is_wrong(tiny_folder: Path, tmp_path: Path) -> None
     state.pop("visual.proj")
     state["extra"], state["text_projection"] = torch.zeros(1), torch.zeros(3, 3)
     save_file(state, tmp_path / "x.safetensors")
-    with pytest.raises(WeightsError, match=r"1 missing: visual\.proj; 1 unexpected: extra; 1 of another shape: text_projection \(3, 3\) for \(16, 16\)"):
+    with pytest.raises(
+        WeightsError, match=r"1 missing: visual\.proj; 1 unexpected: extra; 1 of another shape: text_projection \(3, 3\) for \(16, 16\)"
+    ):
         load_model(ModelSpec("tiny", str(tmp_path / "x.safetensors")))
 
 

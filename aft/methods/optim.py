@@ -1,0 +1,79 @@
+"""The optimiser and its schedule, from a few typed settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from aft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """How weights move.
+
+    Args:
+        name: ``adamw``, or ``sgd`` as in most published recipes.
+        lr: peak learning rate.
+        weight_decay: on matrices only; norms, biases and the logit scale are never decayed.
+        momentum: of SGD.
+        betas: of AdamW.
+        warmup_steps: optimiser steps of linear warm-up from ``lr / warmup_steps``.
+        schedule: ``cosine`` to zero at the last step, or ``constant``.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-5
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "constant"] = "cosine"
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ConfigError(f"lr = {self.lr} is not above 0: the model would not learn.")
+        if self.warmup_steps < 0:
+            raise ConfigError(f"warmup_steps = {self.warmup_steps} is negative: use 0 for none.")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser over these parameters.
+
+        Raises:
+            ConfigError: there is nothing to train.
+        """
+        trained = [p for p in parameters if p.requires_grad]
+        if not trained:
+            raise ConfigError("no parameter is trainable: choose what to train.")
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if self.name == "sgd":
+            return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+
+    def schedule_of(self, optimizer: torch.optim.Optimizer, total_steps: Callable[[], float]) -> LambdaLR:
+        """Warm-up, then cosine. The total is asked for lazily: a loader's length may be known only when training starts."""
+        return LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
+
+    def factor(self, step: int, total_steps: Callable[[], float]) -> float:
+        """What ``lr`` is multiplied by at an optimiser step (0 is the first)."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return 1.0
+        if step == 0:
+            return 1.0
+        total = total_steps()
+        if math.isinf(total):
+            raise ConfigError("a cosine schedule needs an end: set trainer.max_steps, or trainer.max_epochs with data of known length.")
+        done = (step - self.warmup_steps) / max(1.0, total - self.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

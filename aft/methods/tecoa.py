@@ -1,0 +1,34 @@
+"""TeCoA: text-guided contrastive adversarial training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from aft.methods.base import AdversarialFineTuning, need_attack
+from aft.methods.terms import Alignment, Term
+
+
+class TeCoA(AdversarialFineTuning):
+    """Cross-entropy of adversarial images to their class texts, among all training classes.
+
+    ``L = -(1/B) sum_i log softmax_c( s * <z(x_i + delta_i), t_c> )[y_i]``, and the attack maximises the same loss.
+    Forwards of the image tower in a step with ``k`` attack steps: ``k + 1``; of the text tower: none.
+
+    Reference:
+        Mao et al., "Understanding Zero-Shot Adversarial Robustness for Large-Scale Models", ICLR 2023, arXiv 2212.07016.
+
+    Where the released code differs (read in its repository):
+        * it encodes all class texts anew at each attack step; here they are encoded once;
+        * its attack calls ``.backward()`` after ``zero_grad()``, so attack gradients add to the weights' own; not here;
+        * the attack runs with the tower in training mode; here in eval mode (the same for a ViT without dropout);
+        * fp16 autocast with a mean-reduced loss and no scaling; here the loss is summed and logits are fp32;
+        * it chooses the best checkpoint by test sets; here by a part of the training set.
+    """
+
+    method: ClassVar[str] = "tecoa"
+    default_terms: ClassVar[Mapping[str, Term]] = {"alignment": Alignment()}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        need_attack(self.attack, "TeCoA")

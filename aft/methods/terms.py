@@ -1,0 +1,158 @@
+"""Loss terms: small dataclasses over pure losses, the registry that names them, and their weights over time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from aft.errors import ConfigError, unknown_name
+from aft.losses import alignment, caption_contrast
+from aft.methods.distributed import gather_with_gradient
+from aft.methods.targets import Targets
+from aft.methods.views import Views
+
+#: What a term may need: it decides whether a teacher is built and is checked when a run is set up.
+NEEDS = frozenset({"labels", "captions", "tokens", "teacher_clean", "teacher_adversarial", "student_clean", "clean"})
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A weight that goes in a straight line from ``start`` to ``end`` over the first ``steps`` optimiser steps, then stays."""
+
+    start: float
+    end: float
+    steps: int
+
+    def at(self, step: int) -> float:
+        """The weight at an optimiser step."""
+        return self.start + (self.end - self.start) * min(1.0, step / max(1, self.steps))
+
+
+Weight = float | Ramp
+
+
+@dataclass
+class Term:
+    """One summand of a method's loss.
+
+    Subclasses add typed settings, say what they ``need``, and compute a scalar from targets and views.
+    ``couples_batch`` marks a loss in which samples see each other, so that the global batch defines it.
+    """
+
+    weight: Weight = 1.0
+    needs: ClassVar[frozenset[str]] = frozenset()
+    couples_batch: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight, Mapping):
+            self.weight = Ramp(**self.weight)
+
+    def weight_at(self, step: int) -> float:
+        """The factor at an optimiser step."""
+        return self.weight.at(step) if isinstance(self.weight, Ramp) else float(self.weight)
+
+    def __call__(self, targets: Targets, views: Views) -> Tensor:
+        """The unweighted scalar loss."""
+        raise NotImplementedError
+
+
+@dataclass
+class Alignment(Term):
+    """Cross-entropy of the adversarial image to its class text (TeCoA, arXiv 2212.07016)."""
+
+    bank: str = "class"
+    needs: ClassVar[frozenset[str]] = frozenset({"labels"})
+
+    def __call__(self, targets: Targets, views: Views) -> Tensor:
+        """``alignment(logits(adversarial), labels)``."""
+        return alignment(views.logits(views.adversarial, self.bank), targets.labels)
+
+
+@dataclass
+class CaptionContrast(Term):
+    """InfoNCE between images and captions, both ways, over the global batch (CLIP, arXiv 2103.00020)."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"captions"})
+    couples_batch: ClassVar[bool] = True
+
+    def __call__(self, targets: Targets, views: Views) -> Tensor:
+        """``caption_contrast(logits(images, captions), truth)`` with images of all ranks."""
+        truth_BM = targets.caption_truth_BM
+        if truth_BM is None:
+            raise ConfigError("caption_contrast has no captions: train with ContrastivePretraining, or on data with captions.")
+        everywhere = dataclasses.replace(views.adversarial, embedding_BD=gather_with_gradient(views.adversarial.embedding_BD))
+        return caption_contrast(views.logits(everywhere, "captions"), gather_with_gradient(truth_BM.float()) > 0.5)
+
+
+_REGISTRY: dict[str, type[Term]] = {"alignment": Alignment, "caption_contrast": CaptionContrast}
+
+
+def register_term(name: str, term: type[Term]) -> None:
+    """Names a term for YAML files. Call it at import.
+
+    Raises:
+        ConfigError: the name is taken by another class, or the term needs something unknown.
+    """
+    if _REGISTRY.get(name, term) is not term:
+        raise ConfigError(f"term name {name!r} is taken by {_REGISTRY[name].__qualname__}: choose another.")
+    if not term.needs <= NEEDS:
+        raise ConfigError(unknown_name(f"need of term {name!r}", min(term.needs - NEEDS), NEEDS))
+    _REGISTRY[name] = term
+
+
+def find_term(name: str) -> type[Term]:
+    """The term class of a registered name or a dotted path.
+
+    Raises:
+        ConfigError: no such term; near matches are listed.
+    """
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), attribute) if module else None
+    except (ImportError, AttributeError):
+        found = None
+    if not (isinstance(found, type) and issubclass(found, Term)):
+        raise ConfigError(unknown_name("term", name, _REGISTRY))
+    return found
+
+
+def build_terms(defaults: Mapping[str, Term], overrides: Mapping[str, Mapping[str, Any] | None] | None) -> dict[str, Term]:
+    """A method's terms with a user's settings laid over them; a term set to none is taken out.
+
+    Raises:
+        ConfigError: an unknown term or setting, or no term left.
+    """
+    terms = dict(defaults)
+    for name, settings in (overrides or {}).items():
+        if settings is None:
+            terms.pop(name, None)
+            continue
+        kind = type(terms[name]) if name in terms else find_term(name)
+        known = [f.name for f in dataclasses.fields(kind)]
+        for key in settings:
+            if key not in known:
+                raise ConfigError(unknown_name(f"setting of term {name!r}", key, known))
+        terms[name] = dataclasses.replace(terms[name], **settings) if name in terms else kind(**settings)
+    if not terms:
+        raise ConfigError("no loss term is left: a method needs at least one.")
+    return terms
+
+
+def all_needs(terms: Iterable[Term]) -> frozenset[str]:
+    """The union of what terms need."""
+    return frozenset().union(*(term.needs for term in terms))
+
+
+def truth_of_captions(captions: list[str], device: torch.device) -> Tensor:
+    """Which captions of a batch are true of which image: its own, and every equal text. ``bool [B, B]``."""
+    numbers: dict[str, int] = {}
+    ids_B = torch.tensor([numbers.setdefault(text, len(numbers)) for text in captions], device=device)
+    return ids_B[:, None] == ids_B[None, :]

@@ -1,0 +1,119 @@
+"""Help for command lines: near matches for unknown keys, settings that a class change would drop, differences of two runs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from aft.errors import AftError, unknown_name
+
+
+def underlying(error: BaseException) -> BaseException:
+    """The error of ours that an argument parser wrapped, or the error itself."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, AftError):
+        cause = cause.__cause__
+    return cause or error
+
+
+NOT_KNOWN = {
+    "option": r"[Uu]nrecognized arguments?: --([\w.+]+)",
+    "setting": r"(?:Option '([\w.]+)' is not accepted|Key '([\w.]+)' is not expected)",
+    "class": r"(?:has no attribute '(\w+)'|Expected a dot import path string: (\w+)|Import path ([\w.]+) )",
+}
+
+
+def explain(message: str, parser: Any, bases: Iterable[type] = ()) -> str:
+    """jsonargparse's message in one short line, with near matches where it names something that is not known.
+
+    Args:
+        message: what the parser says.
+        parser: where the options stand.
+        bases: classes whose subclasses and settings may be meant.
+    """
+    text = " ".join(message.split())
+    ours = re.search(r"unknown (?:option|setting|class) '[^']*': (?:did you mean [^?]*\?|see --help for what is allowed\.)", text)
+    if ours:  # a nested parser has explained it already
+        return ours.group()
+    for kind, pattern in NOT_KNOWN.items():
+        found = re.search(pattern, text)
+        if found:
+            given = next(group for group in found.groups() if group)
+            known = set(_options(parser)) if kind == "option" else _vocabulary(bases)[kind]
+            if given in known:
+                return f"setting {given!r} comes before the class that it belongs to: give the file or option with class_path first."
+            near = unknown_name(kind, given, known).partition(" Known:")[0]
+            return near if near.endswith("?") else f"{near} see --help for what is allowed."
+    return text
+
+
+def _vocabulary(bases: Iterable[type]) -> dict[str, set[str]]:
+    """Names of all subclasses, and of all their settings."""
+    classes = {sub for base in bases for sub in _subclasses(base)}
+    settings = {name for each in classes for ancestor in each.__mro__ for name in inspect.signature(ancestor).parameters}
+    return {"class": {each.__name__ for each in classes}, "setting": settings - {"self", "args", "kwargs"}}
+
+
+def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
+    yield base
+    for child in base.__subclasses__():
+        yield from _subclasses(child)
+
+
+def _options(parser: Any) -> Iterator[str]:
+    """The names of a parser's options, those of its subcommands included."""
+    for action in parser._actions:
+        yield str(action.dest)
+        if isinstance(action.choices, Mapping):
+            for subparser in action.choices.values():
+                yield from _options(subparser)
+
+
+def dropped_settings(given: Any, effective: Any, path: str = "") -> list[str]:
+    """Keys of ``init_args`` in a YAML file that are gone, because a later source named another class.
+
+    Args:
+        given: the contents of the YAML file.
+        effective: what all sources came to.
+        path: where in the settings we are.
+
+    Returns:
+        Dotted names of the lost keys.
+
+    Example:
+        >>> dropped_settings({"model": {"class_path": "A", "init_args": {"x": 1}}}, {"model": {"class_path": "B", "init_args": {"y": 2}}})
+        ['model.init_args.x']
+    """
+    if not isinstance(given, Mapping) or effective is None or not hasattr(effective, "get"):
+        return []
+    lost: list[str] = []
+    renamed = "class_path" in given and "init_args" in given and _short(given["class_path"]) != _short(effective.get("class_path"))
+    if renamed:
+        kept = effective.get("init_args") or {}
+        lost += [f"{path}init_args.{key}" for key in given["init_args"] or {} if key not in kept]
+    for key, value in given.items():
+        lost += dropped_settings(value, effective.get(key), f"{path}{key}.")
+    return lost
+
+
+def _short(class_path: Any) -> str:
+    return str(class_path).rpartition(".")[2]
+
+
+def new_differences(before: str, after: str) -> list[str]:
+    """What two YAML texts say differently, one line a key."""
+    old, new = dict(flat(yaml.safe_load(before))), dict(flat(yaml.safe_load(after)))
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+
+
+def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested settings, each with its dotted name."""
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from flat(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
