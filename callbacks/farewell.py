@@ -1,0 +1,27 @@
+"""The last line of a run."""
+
+from __future__ import annotations
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class Farewell(L.Callback):
+    """Says where the checkpoint is and which command evaluates it; after a stop, how to go on."""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After the last step."""
+        saver = next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)), None)  # type: ignore[attr-defined]
+        path = None if saver is None else saver.best_model_path or saver.last_model_path
+        if not path or not trainer.is_global_zero:
+            return
+        best = "" if saver is None or saver.best_model_score is None else f" ({saver.monitor} {100 * float(saver.best_model_score):.1f}%)"
+        print(f"checkpoint: {path}{best}\nevaluate:   python eval.py -c configs/eval/apgd.yaml --weights {path}", flush=True)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """After Ctrl-C: how to go on."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            print(
+                f"stopped at step {trainer.global_step}: the same command with --ckpt_path last goes on from the last checkpoint",
+                flush=True,
+            )

@@ -1,0 +1,55 @@
+"""Progress as lines of text, for log files and pipes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+
+
+class PlainProgress(L.Callback):
+    """Prints one line a log interval and one a validation when the output is not a terminal (there, Lightning's bar is shown).
+
+    A line has the step, the time left, the loss and each term, accuracies and images a second.
+    """
+
+    def __init__(self) -> None:
+        self.silent = sys.stdout.isatty()
+        self.started: tuple[float, int] | None = None
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """One line a log interval."""
+        step = trainer.global_step
+        self.started = self.started or (time.perf_counter(), step)
+        if step % trainer.log_every_n_steps == 0 and step:  # type: ignore[attr-defined]
+            self._say(
+                trainer,
+                f"step {step}/{trainer.estimated_stepping_batches}{self._left(trainer, step)}",
+                ("train/", "attack/", "speed/images"),
+            )
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """One line a validation."""
+        self._say(trainer, f"validation at step {trainer.global_step}", ("val/",))
+
+    def _left(self, trainer: L.Trainer, step: int) -> str:
+        assert self.started is not None
+        began, first = self.started
+        if step <= first or trainer.estimated_stepping_batches == float("inf"):
+            return ""
+        seconds = (time.perf_counter() - began) / (step - first) * (trainer.estimated_stepping_batches - step)
+        return f", {int(seconds) // 60}:{int(seconds) % 60:02d} left"
+
+    def _say(self, trainer: L.Trainer, head: str, kinds: tuple[str, ...]) -> None:
+        if self.silent or not trainer.is_global_zero:
+            return
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(kinds)}
+        print(f"{head}:", "  ".join(f"{name.partition('/')[2]} {_short(name, value)}" for name, value in values.items()), flush=True)
+
+
+def _short(name: str, value: float) -> str:
+    if name.endswith("accuracy") or "accuracy/" in name:
+        return f"{100 * value:.1f}%"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

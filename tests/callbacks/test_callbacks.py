@@ -1,0 +1,65 @@
+"""What a person sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from aft.attacks import PGD
+from aft.clip import ModelSpec
+from aft.methods import TeCoA
+from callbacks import Farewell, ImageLog, PlainProgress, Throughput
+from tests.conftest import MemoryData, make_trainer
+
+
+@pytest.fixture
+def run(tiny: ModelSpec, data: MemoryData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, EventAccumulator]:
+    """Four steps with all callbacks: the output, and TensorBoard's events."""
+    attack = PGD(eps="8/255", step_size="4/255", steps=2)
+    method = TeCoA(tiny, attack=attack, val_attack=PGD(eps="8/255", step_size="4/255", steps=2, keep="best"))
+    saver = ModelCheckpoint(tmp_path / "checkpoints", monitor="val/robust_accuracy", mode="max", save_last=True)
+    trainer = make_trainer(
+        tmp_path, max_steps=4, log_every_n_steps=2, val_check_interval=2, limit_val_batches=1, enable_checkpointing=True,
+        callbacks=[PlainProgress(), Throughput(), ImageLog(every_n_steps=2), Farewell(), saver],
+        logger=TensorBoardLogger(str(tmp_path), name="", version="tb", default_hp_metric=False),
+    )  # fmt: skip
+    trainer.fit(method, datamodule=data)
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    return capsys.readouterr().out, events
+
+
+def test_lines_when_not_a_terminal(run: tuple[str, EventAccumulator]) -> None:
+    """Steps with terms, validation with clean and robust accuracy, no control codes; the last line is a command."""
+    lines = run[0].strip().splitlines()
+    assert any(line.startswith("step 2/4") and "alignment" in line and "adversarial_accuracy" in line for line in lines)
+    assert any(line.startswith("validation at step 2") and "clean_accuracy" in line and "robust_accuracy" in line for line in lines)
+    assert "\x1b" not in run[0] and "\r" not in run[0]
+    assert lines[-2].startswith("checkpoint: ") and Path(lines[-2].split()[1]).is_file()
+    assert lines[-1].startswith("evaluate:   python eval.py") and lines[-2].split()[1] in lines[-1]
+
+
+def test_stable_names_and_pictures_in_tensorboard(run: tuple[str, EventAccumulator]) -> None:
+    """Each term, total, gain, accuracy, gradient norm, images a second; a picture of three rows."""
+    tags = run[1].Tags()
+    wanted = {"train/loss", "train/alignment", "train/adversarial_accuracy", "train/gradient_norm", "attack/gain", "val/clean_accuracy",
+              "val/robust_accuracy", "speed/images_per_second", "speed/data_wait"}  # fmt: skip
+    assert wanted <= set(tags["scalars"]) and tags["images"] == ["attack/clean_adversarial_difference"]
+    assert 0 <= run[1].Scalars("speed/data_wait")[-1].value < 1
+    picture = run[1].Images("attack/clean_adversarial_difference")[0]
+    assert (picture.height, picture.width) == (3 * (3 * 32 + 4), 8 * (3 * 32 + 4))
+
+
+def test_the_difference_is_amplified_and_grey_means_none() -> None:
+    """The largest change has full contrast; no change is mid-grey."""
+    clean = torch.full((1, 3, 4, 4), 0.5)
+    changed = clean.clone()
+    changed[0, 0, 0, 0] += 0.01
+    picture = ImageLog(enlarge=1).picture(clean, changed)
+    difference = picture[:, 2 * 8 + 2 : 2 * 8 + 6, 2:6]
+    assert float(difference[0, 0, 0]) == pytest.approx(1.0) and (difference[1:] == 0.5).all()

@@ -1,0 +1,80 @@
+"""Every shipped configuration builds and runs one step; every command of the README is accepted."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+import train
+
+CONFIGS = train.HERE / "configs"
+METHODS = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("methods/*.yaml")])
+TRAINERS = sorted(CONFIGS.glob("trainer/*.yaml"))
+ONE_STEP = ["--trainer.max_steps=1", "--trainer.max_epochs=-1", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=1",
+            "--trainer.accelerator=cpu", "--trainer.devices=1"]  # fmt: skip
+
+
+def on_the_sample(path: Path, folder: Path) -> list[str]:
+    """The configuration on a tiny tower and the embedded data: what only large files could give is replaced, nothing else."""
+    settings = yaml.safe_load(path.read_text())
+    pretraining = settings["model"]["class_path"].endswith("ContrastivePretraining")
+    settings["model"]["init_args"]["clip"] = {"name": "tiny", "pretrained": "random" if pretraining else None}
+    given = settings.get("data", {}).get("init_args", {})
+    kept = {key: given[key] for key in ("augment", "train_classes") if key in given}
+    settings["data"] = {"class_path": "datamodules.Sample", "init_args": {**kept, "batch_size": 16, "holdout": 70}}
+    settings.setdefault("trainer", {})["default_root_dir"] = str(folder / "run")
+    (folder / path.name).write_text(yaml.safe_dump(settings))
+    return ["fit", "-c", str(folder / path.name), *ONE_STEP]
+
+
+@pytest.mark.parametrize("path", [p for p in METHODS if p.name != "base.yaml"], ids=lambda p: p.stem)
+def test_every_recipe_runs_a_step(path: Path, tmp_path: Path) -> None:
+    """On a tiny random tower."""
+    assert train.main(on_the_sample(path, tmp_path)).trainer.global_step == 1
+
+
+@pytest.mark.parametrize("path", TRAINERS, ids=lambda p: p.stem)
+def test_every_trainer_file_is_accepted(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its keys exist, and it lies over a recipe."""
+    with pytest.raises(SystemExit) as done:
+        train.main(["fit", "-c", str(CONFIGS / "quickstart.yaml"), "-c", str(path), "--print_config"])
+    assert done.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert shown["accelerator"] == yaml.safe_load(path.read_text())["trainer"]["accelerator"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_every_file_says_what_it_is(path: Path) -> None:
+    """A head, and for recipes the command and what to expect."""
+    text = path.read_text()
+    assert text.startswith("# ")
+    if path in METHODS and path.name != "base.yaml":
+        head = re.match(r"(#.*\n)+", text)
+        assert head and "python train.py fit" in head.group() and "Expect" in head.group()
+
+
+def commands_of_the_readme() -> list[str]:
+    """Lines of its shell blocks that start train.py."""
+    text = (train.HERE / "README.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("python train.py")]
+
+
+def test_the_readme_has_commands() -> None:
+    """Else the next test could not fail."""
+    assert len(commands_of_the_readme()) >= 3
+
+
+@pytest.mark.parametrize("command", commands_of_the_readme())
+def test_every_training_command_of_the_readme_is_accepted(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files and keys exist (runs themselves are tested above and in tests/test_train.py)."""
+    monkeypatch.chdir(train.HERE)
+    words = [word for word in shlex.split(command, comments=True)[2:] if word != "..."]
+    with pytest.raises(SystemExit) as done:
+        train.main([*words, "--print_config"])
+    assert done.value.code == 0

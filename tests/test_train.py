@@ -1,0 +1,135 @@
+"""train.py: nothing is dropped silently, the command line wins, a run folder belongs to one run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import train
+from aft.errors import AftError, ConfigError, DataError, RunError
+from aft.settings import dropped_settings, new_differences
+
+SMALL = ["--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--data.init_args.batch_size=16",
+         "--trainer.log_every_n_steps=1", "--trainer.val_check_interval=1"]  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """The quickstart on the tiny model."""
+    path = tmp_path / "tiny.yaml"
+    settings = yaml.safe_load((train.HERE / "configs" / "quickstart.yaml").read_text())
+    settings["model"]["init_args"]["clip"] = {"name": "tiny"}
+    settings["trainer"]["default_root_dir"] = str(tmp_path / "run")
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def fit(config: Path, *more: str) -> train.Main:
+    """``train.py fit`` in this process."""
+    return train.main(["fit", "-c", str(config), *SMALL, *more])
+
+
+def test_fit_then_go_on(config: Path, tmp_path: Path) -> None:
+    """``--ckpt_path last`` works on the first start and on every later one; the command line wins over the checkpoint."""
+    first = fit(config, "--ckpt_path=last")
+    assert first.trainer.global_step == 2 and (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert "ckpt_path" not in stored and stored["model"]["init_args"]["attack"]["init_args"]["steps"] == 2
+    again = fit(config, "--ckpt_path=last", "--trainer.max_steps=3", "--model.init_args.attack.init_args.steps=1")
+    assert again.trainer.global_step == 3 and again.model.attack.steps == 1
+    changed = yaml.safe_load((tmp_path / "run" / "config-1.yaml").read_text())
+    assert changed["trainer"]["max_steps"] == 3
+
+
+def test_the_best_checkpoint_is_chosen_by_robust_accuracy_on_training_images(config: Path, tmp_path: Path) -> None:
+    """And the validation images are never trained on."""
+    done = fit(config)
+    assert done.trainer.checkpoint_callback.monitor == "val/robust_accuracy"
+    parts = done.datamodule._train_parts
+    assert not set(parts["train"].index_N.tolist()) & set(parts["holdout"].index_N.tolist())
+    assert torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)["aft"]["model"]["method"] == "tecoa"
+
+
+def test_a_run_folder_belongs_to_one_run(config: Path, tmp_path: Path) -> None:
+    """A second run into the same folder loses nothing."""
+    fit(config)
+    before = (tmp_path / "run" / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    with pytest.raises(RunError, match=r"already holds a run: add --ckpt_path last"):
+        fit(config)
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--trainer.max_step=3"], r"max_steps"),
+        (["--model.init_args.attack.init_args.eps=4"], r"eps = 4.* is outside \[0, 1\] for L-inf.*4/255"),
+        (["--model.init_args.attack.init_args.eps=-1/255"], r"eps"),
+        (["--model.init_args.attack.init_args.eps=abc"], r"eps"),
+        (["--model.init_args.attack.init_args.stepz=4"], r"stepz"),
+        (["--model=aft.methods.TeCoAA"], r"TeCoAA"),
+        (["--model.init_args.clip.name=minicilp32"], r"did you mean 'miniclip32'"),
+        (["--model.init_args.terms={alignmnt: {}}"], r"did you mean 'alignment'"),
+        (["--model.init_args.clip.pretrained=nowhere.ckpt"], r"no weights file at nowhere.ckpt"),
+        (["--data.init_args.train_classes=[cat, dgo]"], r"did you mean 'dog'"),
+    ],
+)
+def test_bad_arguments_are_named(config: Path, arguments: list[str], words: str) -> None:
+    """The argument, what came, what is allowed."""
+    with pytest.raises(AftError, match=words):
+        fit(config, *arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_where_there_is_none(config: Path) -> None:
+    """Named before anything is loaded."""
+    with pytest.raises(RunError, match="sees no CUDA device"):
+        fit(config, "--trainer.accelerator=gpu")
+
+
+def test_another_class_does_not_drop_settings_silently(config: Path) -> None:
+    """The folder data set has no such setting as the file gave: refused, not ignored."""
+    settings = yaml.safe_load(config.read_text())
+    settings["model"]["init_args"]["attack"]["init_args"]["momentum"] = 0.5
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ConfigError, match=r"model.init_args.attack.init_args.steps"):
+        fit(config, "--model.init_args.attack=aft.attacks.FGSM")
+
+
+def test_an_empty_folder_is_named(config: Path, tmp_path: Path) -> None:
+    """A folder without images."""
+    (tmp_path / "empty").mkdir()
+    settings = yaml.safe_load(config.read_text())
+    settings["data"] = {"class_path": "datamodules.ImageFolder", "init_args": {"train": str(tmp_path / "empty")}}
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(DataError, match="empty"):
+        fit(config)
+
+
+def test_settings_that_a_new_class_lacks_are_listed() -> None:
+    """At any depth; a setting that the new class has stays."""
+    given = {"model": {"class_path": "a.B", "init_args": {"x": 1, "attack": {"class_path": "PGD", "init_args": {"steps": 2}}}}}
+    effective = {
+        "model": {"class_path": "a.B", "init_args": {"x": 1, "attack": {"class_path": "aft.attacks.FGSM", "init_args": {"eps": 0}}}}
+    }
+    assert dropped_settings(given, effective) == ["model.init_args.attack.init_args.steps"]
+    assert dropped_settings(given, given) == []
+
+
+def test_differences_of_two_runs() -> None:
+    """One line a key."""
+    assert new_differences("a: {b: 1, c: 2}", "a: {b: 1, c: 3}\nd: 4") == ["a.c: 2 -> 3", "d: None -> 4"]
+
+
+def test_nothing_is_written_outside_the_run_folder(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No lightning_logs beside the code, from whichever folder it is started."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    fit(config)
+    assert not list(elsewhere.iterdir())
+    shutil.rmtree(tmp_path / "run")

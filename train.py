@@ -1,0 +1,201 @@
+"""Trains and validates: ``python train.py fit -c configs/quickstart.yaml``, ``python train.py validate -c ... --ckpt_path ...``.
+
+Every option of every class is an option here; ``configs/base.yaml`` holds the defaults, later ``-c`` files lie over it, and the
+command line wins over all of them and over what a checkpoint says.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from aft.attacks import Attack
+from aft.clip import ModelSpec
+from aft.errors import AftError, ConfigError, RunError
+from aft.methods import AdversarialFineTuning, OptimizerSpec
+from aft.settings import dropped_settings, explain, flat, new_differences, underlying
+
+HERE = Path(__file__).resolve().parent
+BASE = HERE / "configs" / "base.yaml"
+HIDDEN = (  # Lightning's tips, and warnings of what is meant so here
+    "`isinstance.treespec, LeafSpec.` is deprecated",
+    ".*does not have many workers",
+    ".*no last checkpoint available",
+    ".*in eval mode at the start",
+)
+
+
+class Parser(LightningArgumentParser):
+    """Says near matches where a name is not known."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        """Raises instead of printing a usage page."""
+        raise ConfigError(explain(message, self, (AdversarialFineTuning, Attack, L.LightningDataModule, OptimizerSpec, ModelSpec))) from ex
+
+
+class Main(LightningCLI):
+    """The command line: one run folder a run, the checkpoint never overrides a setting, nothing is dropped silently."""
+
+    def __init__(self, args: list[str] | None) -> None:
+        defaults = {"default_config_files": [str(BASE)]}
+        super().__init__(
+            AdversarialFineTuning,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={name: defaults for name in self.subcommands()},
+            load_from_checkpoint_support=False,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """No abbreviations: ``--trainer.max_step`` is a mistake, not ``max_steps``."""
+        return super().init_parser(**kwargs, allow_abbrev=False)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """fit and validate; tests are eval.py's."""
+        return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The checkpoint's options; its folder is the run folder's."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: a checkpoint's stored settings must not override the command line (Lightning would let them)."""
+
+    @property
+    def settings(self) -> Any:
+        """The effective settings of this subcommand."""
+        return self.config[self.config.subcommand]
+
+    @property
+    def run_folder(self) -> Path:
+        """Where this run writes."""
+        return Path(self.settings.trainer.default_root_dir)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuses what would be lost silently, then gives logger and checkpoints their places in the run folder."""
+        settings = self.settings
+        for given in settings.config or []:
+            lost = dropped_settings(yaml.safe_load(Path(str(given)).read_text(encoding="utf-8")), settings)
+            if lost:
+                raise ConfigError(
+                    f"{given} sets {', '.join(lost)}, but the class named later lacks it: take it out of the file or keep the class."
+                )
+        check_device(str(settings.trainer.accelerator))
+        if settings.trainer.logger is None:
+            place = {"save_dir": str(self.run_folder), "name": "", "version": "tensorboard", "default_hp_metric": False}
+            settings.trainer.logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": place}
+        if settings.checkpoint.dirpath is None:
+            settings.checkpoint.dirpath = str(self.run_folder / "checkpoints")
+        settings.trainer.enable_progress_bar = sys.stdout.isatty() and settings.trainer.enable_progress_bar is not False
+
+    def instantiate_classes(self) -> None:
+        """Builds everything; an error of ours comes out as it is, not inside the parser's."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise underlying(error) from None
+
+    def before_fit(self) -> None:
+        """Claims the run folder, and prints and stores the effective settings."""
+        if not self.trainer.fast_dev_run:
+            effective = self.effective_yaml()
+            claim(self.run_folder, effective, resuming=self.settings.get("ckpt_path") is not None)
+            if self.trainer.is_global_zero:
+                self._introduce(effective)
+
+    def _introduce(self, effective: str) -> None:
+        """What runs, and the settings that decide what it becomes."""
+        learns = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
+        whole = sum(p.numel() for p in self.model.parameters()) / 1e6
+        print(f"{type(self.model).__name__} on {type(self.datamodule).__name__}: {learns:.1f} of {whole:.1f} million parameters learn")
+        for key, value in flat(yaml.safe_load(effective)):
+            if value is not None and (
+                key.startswith(("model.", "data.")) or key in ("trainer.max_steps", "trainer.max_epochs", "trainer.precision")
+            ):
+                print(f"  {key}: {value}")
+        place = f"{self.trainer.num_devices} x {self.trainer.strategy.root_device.type}"
+        print(
+            f"{place}, run folder {self.run_folder}: all settings in config.yaml, curves by tensorboard --logdir {self.run_folder}",
+            flush=True,
+        )
+
+    def effective_yaml(self) -> str:
+        """All settings of this run as YAML; the checkpoint path is left out, so that the file starts a new run when it is used again."""
+        settings = self.settings.clone()
+        for key in ("config", "ckpt_path"):
+            settings.pop(key, None)
+        return str(self._parser(self.config.subcommand).dump(settings))
+
+
+def check_device(accelerator: str) -> None:
+    """Raises RunError where a GPU is asked for and there is none."""
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise RunError(
+            f"trainer.accelerator = {accelerator!r}, but torch sees no CUDA device: use cpu or auto, or install a CUDA build of torch."
+        )
+
+
+def claim(folder: Path, effective: str, resuming: bool) -> None:
+    """Stores the settings in the run folder, unless it holds another run.
+
+    Raises:
+        RunError: the folder has a run already and this is no resume.
+    """
+    stored = sorted(folder.glob("config*.yaml"))
+    if not stored:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(effective, encoding="utf-8")
+        return
+    if not resuming:
+        raise RunError(
+            f"run folder {folder} already holds a run: add --ckpt_path last to go on with it, choose another with "
+            "--trainer.default_root_dir FOLDER, or delete it."
+        )
+    changes = new_differences(stored[-1].read_text(encoding="utf-8"), effective)
+    if changes:
+        print("settings that differ from the run's last start (these hold now):", *changes, sep="\n  ")
+        (folder / f"config-{len(stored)}.yaml").write_text(effective, encoding="utf-8")
+
+
+def quiet() -> None:
+    """Hides what says nothing to a user: Lightning's tips and its own deprecated calls."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for message in HIDDEN:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def main(args: list[str] | None = None) -> Main:
+    """Runs one subcommand and returns the model, the data and the trainer that it made.
+
+    Raises:
+        AftError: whatever a user can mend.
+    """
+    torch.set_float32_matmul_precision("high")
+    quiet()
+    return Main(args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except AftError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: go on with the same command and --ckpt_path last")
