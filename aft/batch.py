@@ -92,8 +92,14 @@ class EvaluationSet:
             new_label[self.class_names.index(name)] = place
         keep = (new_label[self.labels_N] >= 0).nonzero().flatten()
         positions = torch.arange(len(self)) if self.positions_N is None else self.positions_N
-        return replace(self, labels_N=new_label[self.labels_N[keep]], index_N=self.index_N[keep], class_names=tuple(classes),
-                       label_space=label_space, positions_N=positions[keep])
+        return replace(
+            self,
+            labels_N=new_label[self.labels_N[keep]],
+            index_N=self.index_N[keep],
+            class_names=tuple(classes),
+            label_space=label_space,
+            positions_N=positions[keep],
+        )
 
 
 @runtime_checkable
