@@ -15,7 +15,7 @@ help: ## this list
 	@echo "Variables: PYTHON=python3.11 makes the environment with that Python (3.10 or newer); JOBS=2 is the number of test processes."
 
 quickstart: $(STAMP) ## train a small robust CLIP on the sample data and measure it (minutes, no GPU needed)
-	$(RUN) train.py fit -c configs/quickstart.yaml
+	$(RUN) train.py fit -c configs/quickstart.yaml --ckpt_path last
 	$(RUN) eval.py evaluate -c configs/eval/quickstart.yaml
 
 # One thread a process: with more, torch's thread pools of the test processes fight for the same cores.

@@ -5,9 +5,7 @@ Shapes: M files of a split, N good images of it, K classes.
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from aft.batch import Batch, EvaluationSet
+from aft.clip.prompts import warn_of_duplicates
 from aft.errors import ConfigError, DataError, unknown_name
 from datamodules.augment import Augment
 from datamodules.images import ImageStore, load
@@ -119,10 +118,7 @@ class LabelledImages(lightning.LightningDataModule, ABC):
     def class_names(self) -> tuple[str, ...]:
         """Names of all classes of the data set, in label order. Names that two classes share are listed in one warning."""
         names = tuple(phrases[0] for phrases in self.all_classes())
-        shared = [name for name, times in Counter(names).items() if times > 1]
-        if shared:
-            warnings.warn(f"classes of {self.name} share a name ({', '.join(shared)}): zero-shot accuracy is capped, as text cannot "
-                          "tell them apart. Give distinct names in the classes file.", stacklevel=2)
+        warn_of_duplicates(names)
         return names
 
     @cached_property

@@ -18,7 +18,6 @@ from aft.attacks import Adversarial, Attack, ClassificationObjective, Objective,
 from aft.attacks.guards import naming_out_of_memory
 from aft.batch import Batch, ClassData
 from aft.clip import ModelSpec, ZeroShotModel, load_model
-from aft.clip.prompts import warn_of_duplicates
 from aft.clip.weights import checkpoint_header
 from aft.errors import ConfigError, DataError
 from aft.methods.optim import OptimizerSpec
@@ -26,6 +25,7 @@ from aft.methods.targets import Targets
 from aft.methods.terms import Term, all_needs, build_terms
 from aft.methods.views import Views
 
+IN_THE_BAR = ("train/loss", "train/adversarial_accuracy")
 TEACHER_NEEDS = frozenset({"teacher_clean", "teacher_adversarial"})
 
 
@@ -101,16 +101,13 @@ class AdversarialFineTuning(L.LightningModule):
         return datamodule
 
     def setup(self, stage: str) -> None:
-        """Checks what the terms need, builds the teacher, and prepares one pair of metrics a validation loader."""
-        for names in self.data.class_lists.values():
-            warn_of_duplicates(names)
+        """Checks class lists and needs, builds the teacher, and prepares a pair of metrics for each validation loader."""
         if "tokens" in self.needs:
             self.model.encode(torch.zeros(1, 3, self.model.record.resolution, self.model.record.resolution), tokens=True)
         if self.needs & TEACHER_NEEDS and not self._teacher:
             self._teacher = (load_model(self.spec).requires_grad_(False),)
-        lists = len(self.data.val_class_lists)
-        self.val_clean = nn.ModuleList(MeanMetric() for _ in range(lists))
-        self.val_robust = nn.ModuleList(MeanMetric() for _ in range(lists))
+        self.val_clean = nn.ModuleList(MeanMetric() for _ in self.data.val_class_lists)
+        self.val_robust = nn.ModuleList(MeanMetric() for _ in self.data.val_class_lists)
 
     def class_bank(self, class_list: str) -> Tensor:
         """The detached text bank of one of the data set's class lists, ``[K, D]``."""
@@ -182,7 +179,8 @@ class AdversarialFineTuning(L.LightningModule):
             values["train/adversarial_accuracy" if adversarial is not None else "train/accuracy"] = (
                 (predicted_B == targets.labels).float().mean()
             )
-        self.log_dict(values, batch_size=len(targets.images))
+        for name, value in values.items():
+            self.log(name, value, batch_size=len(targets.images), prog_bar=name in IN_THE_BAR)
         self.last_adversarial_BCHW = targets.adversarial_BCHW
 
     # --- validation: a part of the training set ---------------------------------------------------------------------------------
@@ -250,9 +248,26 @@ class AdversarialFineTuning(L.LightningModule):
         self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the model's record, so that the file alone rebuilds the model."""
+        """Adds the model's record, so that the file alone rebuilds the model, and the classes that it learns."""
         eps = getattr(self.attack, "eps", None)
-        checkpoint["aft"] = checkpoint_header(self.model, self.method, None if eps is None else float(eps))
+        header = checkpoint_header(self.model, self.method, None if eps is None else float(eps))
+        checkpoint["aft"] = {**header, "classes": list(self.data.class_lists["train"])}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to go on training with other classes than the checkpoint's: labels would silently mean something else.
+
+        Raises:
+            DataError: the class lists differ, in names or in order.
+        """
+        stored = checkpoint.get("aft", {}).get("classes")
+        if stored is None or self.trainer.state.fn != "fit" or tuple(stored) == tuple(self.data.class_lists["train"]):
+            return
+        here = self.data.class_lists["train"]
+        raise DataError(
+            f"the checkpoint was trained on {len(stored)} classes ({', '.join(stored[:4])} ...), the data has {len(here)} "
+            f"({', '.join(here[:4])} ...): go on with the same classes in the same order, or start a new run from its weights "
+            "with --model.init_args.clip.pretrained CHECKPOINT."
+        )
 
 
 def need_attack(attack: Attack | None, method: str) -> Attack:

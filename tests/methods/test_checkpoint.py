@@ -9,7 +9,7 @@ import torch
 
 from aft.attacks import PGD
 from aft.clip import ModelSpec, load_model
-from aft.errors import WeightsError
+from aft.errors import DataError, WeightsError
 from aft.methods import TeCoA
 from tests.conftest import MemoryData, make_trainer
 
@@ -48,3 +48,13 @@ def test_another_schema_is_refused(checkpoint: tuple[TeCoA, Path], tmp_path: Pat
     torch.save(contents, tmp_path / "later.ckpt")
     with pytest.raises(WeightsError, match="aft.checkpoint/9"):
         load_model(ModelSpec("tiny", str(tmp_path / "later.ckpt")))
+
+
+def test_going_on_with_other_classes_is_refused(checkpoint: tuple[TeCoA, Path], tiny: ModelSpec, tmp_path: Path) -> None:
+    """Labels would mean something else; a new run from the weights, and validation, are free to have other classes."""
+    other = MemoryData(names=("cat", "ship", "dog"))
+    method = TeCoA(tiny, attack=PGD(eps="2/255", step_size="2/255", steps=1))
+    with pytest.raises(DataError, match=r"trained on 3 classes \(cat, dog, ship .* the data has 3 \(cat, ship, dog"):
+        make_trainer(tmp_path, max_steps=3).fit(method, datamodule=other, ckpt_path=str(checkpoint[1]))
+    make_trainer(tmp_path).validate(method, datamodule=other, ckpt_path=str(checkpoint[1]), verbose=False)
+    make_trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(method, datamodule=MemoryData(), ckpt_path=str(checkpoint[1]))
