@@ -1,0 +1,203 @@
+"""A verdict on each image of one batch: right when clean, and after each attack in turn, always by a fresh fp32 forward.
+
+Shapes: n images of a batch, C channels, H rows, W columns, A attacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aft.attacks import sample_keys
+from aft.attacks.base import Objective
+from aft.batch import EvaluationSet
+from aft.cards import Verdicts, cell_of
+from aft.clip.model import ZeroShotModel
+from aft.evaluation.checks import inside
+from aft.evaluation.origin import data_block, model_block
+from aft.evaluation.protocols import Planned, Protocol
+from aft.evaluation.subsets import SELECTION_SEED
+from aft.evaluation.tasks import Classification, Task
+
+#: What of a model identifies a cell. Not its name or place: the same weights read the same way are the same model.
+MODEL_IDENTITY = ("sha256", "resolution", "mean", "std", "activation", "text_transform")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure to measure.
+
+    Args:
+        model: on its device.
+        data: the samples and the label space, as :func:`aft.evaluation.subsets.first` chose them.
+        protocol: the attacks.
+        seed: of the attacks' noise.
+        task: what is asked of the model.
+    """
+
+    model: ZeroShotModel
+    data: EvaluationSet
+    protocol: Protocol
+    seed: int = 0
+    task: Task = field(default_factory=Classification)
+
+    @property
+    def resolution(self) -> int:
+        """Height of the images as they are attacked, pixels."""
+        return int(self.data.batch([0]).images.shape[-2])
+
+    @property
+    def threat(self) -> dict[str, Any] | None:
+        """A card's ``threat``: ``native`` pixels, that is before any resize; none without attacks."""
+        if not self.protocol.attacks:
+            return None
+        return {"norm": self.protocol.norm, "eps": self.protocol.eps, "space": "native", "resolution": self.resolution}
+
+    @property
+    def seeds(self) -> dict[str, int | None]:
+        """A card's ``seeds``; the attack's is none without attacks, the scoring's none as nothing in it is random."""
+        return {"attack": self.seed if self.protocol.attacks else None, "selection": SELECTION_SEED, "scoring": None}
+
+    @property
+    def attacks(self) -> list[dict[str, Any]]:
+        """A card's ``attacks``."""
+        return [planned.describe(len(self.data)) for planned in self.protocol.attacks]
+
+    @cached_property
+    def id(self) -> str:
+        """The card's ``cell``: a hash of all that decides the figure."""
+        model = model_block(self.model.record)
+        return cell_of({
+            "task": self.task.name, "model": {key: model[key] for key in MODEL_IDENTITY}, "data": data_block(self.data),
+            "protocol": {"name": self.protocol.name, "fidelity": self.protocol.fidelity}, "threat": self.threat, "attacks": self.attacks,
+            "settings": [planned.attack.describe() for planned in self.protocol.attacks], "defense": None, "seeds": self.seeds,
+            "precision": "fp32",
+        })  # fmt: skip
+
+
+class Cost:
+    """Counts the images that go forward and backward through an image tower while it is open."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        self.tower, self.forwards, self.backwards = tower, 0, 0
+
+    def _count(self, tower: nn.Module, arguments: Any, output: Any) -> None:
+        images = len(arguments[0])
+        self.forwards += images
+        embedding = output[0] if isinstance(output, tuple) else output
+        if embedding.requires_grad:
+            embedding.register_hook(lambda _: self._count_backward(images))
+
+    def _count_backward(self, images: int) -> None:
+        self.backwards += images
+
+    def __enter__(self) -> Cost:
+        self._handle = self.tower.register_forward_hook(self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+@contextmanager
+def scoring(model: nn.Module) -> Iterator[None]:
+    """Eval mode and full fp32 (no autocast, no TF32) while it is open; afterwards as before."""
+    training = [part for part in model.modules() if part.training]
+    precision = torch.get_float32_matmul_precision()
+    device = next(model.parameters()).device.type
+    model.eval()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        for part in training:
+            part.training = True
+
+
+class Judge:
+    """Judges batches of one cell; opened by the runner inside :func:`scoring`.
+
+    Args:
+        cell: what to measure.
+    """
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell, self.model, self.task = cell, cell.model, cell.task
+        self.context = self.task.prepare(cell.model, cell.data)
+        self.device = next(cell.model.parameters()).device
+
+    def __call__(self, rows: Sequence[int]) -> tuple[Verdicts, Tensor]:
+        """Verdicts on these rows of the cell's data, and the last adversarial image of each (the clean one where none was made).
+
+        An image that is wrong when clean is not attacked, nor is one that an earlier attack has broken.
+        """
+        batch = self.cell.data.batch(rows)
+        assert batch.labels is not None
+        shown_nCHW, truth_n = batch.images.to(self.device), batch.labels.to(self.device)
+        keys_n = sample_keys(self.cell.seed, 0, batch.index).to(self.device)
+        answer_n, right_n = self.look(shown_nCHW, truth_n)
+        course = _Course(shown_nCHW, truth_n, keys_n, answer_n, right_n)
+        for planned in self.cell.protocol.attacks:
+            self.attack(planned, course)
+        columns = {"row": torch.as_tensor(rows), "index": batch.index, "label": batch.labels, "clean_answer": answer_n, "clean": right_n}
+        return {name: _array(column) for name, column in {**columns, **course.columns()}.items()}, course.shown_nCHW
+
+    def look(self, images_nCHW: Tensor, truth_n: Tensor) -> tuple[Tensor, Tensor]:
+        """The fresh forward: answers and whether they are right. It knows nothing of any attack (E2)."""
+        with torch.no_grad():
+            outputs = self.task.forward(self.model, images_nCHW.detach().float(), self.context)
+        return self.task.answer(outputs), self.task.score(outputs, truth_n)
+
+    def attack(self, planned: Planned, course: _Course) -> None:
+        """Shows one attack the images that are still right, and records what came of it."""
+        rows_n = course.right_n.nonzero().flatten()
+        right_n, agree_n = course.right_n.clone(), torch.ones_like(course.right_n)
+        if len(rows_n):
+            clean_nCHW, truth_n = course.clean_nCHW[rows_n], course.truth_n[rows_n]
+            objective: Objective = self.task.objective(self.model, self.context, truth_n, planned.loss)
+            result = planned.attack(objective, clean_nCHW, course.keys_n[rows_n])
+            answer_n, still_n = self.look(result.x_BCHW, truth_n)
+            within_n = inside(result.x_BCHW, clean_nCHW, planned.attack.norm, planned.attack.threat.radius)
+            course.shown_nCHW[rows_n], course.answer_n[rows_n], right_n[rows_n] = result.x_BCHW.float(), answer_n, still_n
+            course.inside_n[rows_n] &= within_n
+            if result.broken_B is not None:
+                agree_n[rows_n] = result.broken_B == ~still_n
+        course.record(right_n, agree_n)
+
+
+class _Course:
+    """What is known of a batch while one attack follows the other."""
+
+    def __init__(self, clean_nCHW: Tensor, truth_n: Tensor, keys_n: Tensor, answer_n: Tensor, right_n: Tensor) -> None:
+        self.clean_nCHW, self.truth_n, self.keys_n, self.right_n = clean_nCHW, truth_n, keys_n, right_n
+        self.shown_nCHW, self.answer_n, self.inside_n = clean_nCHW.clone(), answer_n.clone(), torch.ones_like(right_n)
+        self.rights: list[Tensor] = []
+        self.agrees: list[Tensor] = []
+
+    def record(self, right_n: Tensor, agree_n: Tensor) -> None:
+        """Who is still right after one more attack, and for whom the attack's own verdict was the fresh one."""
+        self.right_n = right_n
+        self.rights.append(right_n)
+        self.agrees.append(agree_n)
+
+    def columns(self) -> dict[str, Tensor]:
+        """The columns of verdicts that attacks fill: ``answer`` is that on the last image shown, ``right`` and ``agree`` are ``[n, A]``."""
+        empty_n0 = self.right_n.new_zeros((len(self.right_n), 0))
+        return {
+            "answer": self.answer_n, "inside": self.inside_n, "right": torch.stack(self.rights, 1) if self.rights else empty_n0,
+            "agree": torch.stack(self.agrees, 1) if self.agrees else empty_n0,
+        }  # fmt: skip
+
+
+def _array(column: Tensor) -> np.ndarray[Any, Any]:
+    array: np.ndarray[Any, Any] = column.cpu().numpy()
+    return array

@@ -1,0 +1,174 @@
+"""Cards as a table on screen, as CSV and as a picture. No figure stands without its n, standard error and verdict."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from aft import cards
+from aft.cards import Card
+from aft.errors import DataError
+
+#: A card and the label of its model, which is the name of the card's folder.
+Labelled = tuple[str, Card]
+
+CSV_COLUMNS = (
+    "label", "model", "method", "sha256", "data", "split", "label_space", "classes", "n", "protocol", "fidelity", "norm", "eps", "space",
+    "resolution", "attacks", "steps", "targets", "precision", "clean_accuracy", "clean_standard_error", "robust_accuracy",
+    "robust_standard_error", "chance", "largest_class_share", "verdict", "failed_checks", "cell", "created",
+)  # fmt: skip
+VERDICT_ORDER = ("suspect", "unchecked", "reliable")
+
+
+def load(folders: Iterable[Path]) -> list[Labelled]:
+    """All cards below some folders, each labelled by the folder it lies in, and by its weights where one folder has several.
+
+    Raises:
+        DataError: there are none, or one cannot be read.
+    """
+    found = [path for folder in folders for path in sorted(folder.rglob("*.json"))]
+    if not found:
+        raise DataError(f"no cards below {', '.join(map(str, folders))}: give folders that eval.py evaluate wrote cards to.")
+    labelled = [(path.parent.name, cards.read(path)) for path in found]
+    weights: dict[str, set[str]] = {}
+    for label, card in labelled:
+        weights.setdefault(label, set()).add(card["model"]["sha256"])
+    return [(f"{label}@{card['model']['sha256'][:6]}" if len(weights[label]) > 1 else label, card) for label, card in labelled]
+
+
+def eps_text(card: Card) -> str:
+    """The radius as it is written in configurations (``2/255``), with the norm where it is not L-inf; a dash without attacks."""
+    threat = card["threat"]
+    if threat is None:
+        return "-"
+    return f"{threat['eps'] * 255:.4g}/255" if threat["norm"] == "linf" else f"{threat['eps']:.4g} {threat['norm']}"
+
+
+def percent(share: float | None, error: float | None) -> str:
+    """A share and its standard error in per cent; a dash for none.
+
+    Example:
+        >>> percent(0.5, 0.05)
+        '50.0 ±5.0'
+    """
+    return "-" if share is None or error is None else f"{100 * share:.1f} ±{100 * error:.1f}"
+
+
+def data_text(card: Card) -> str:
+    """Data set and label space, and the split where it is not the test set."""
+    data = card["data"]
+    return " ".join([data["name"] if data["split"] == "test" else f"{data['name']}/{data['split']}", data["label_space"]])
+
+
+def _row_key(labelled: Labelled) -> tuple[Any, ...]:
+    """What one row of the table shares: all but the protocol."""
+    label, card = labelled
+    model, data = card["model"], card["data"]
+    return label, model["sha256"], data_text(card), data["n"], data["index_sha256"], str(card["threat"])
+
+
+def rows_of(labelled: Sequence[Labelled]) -> list[list[Labelled]]:
+    """The cards of each row, in the order in which the rows first appear."""
+    rows: dict[tuple[Any, ...], list[Labelled]] = {}
+    for one in labelled:
+        rows.setdefault(_row_key(one), []).append(one)
+    return list(rows.values())
+
+
+def table(labelled: Sequence[Labelled]) -> Table:
+    """One row for each model, data set, label space and radius; one column of robust accuracy for each protocol.
+
+    There is a column of n where rows differ in it; else it stands beneath.
+    """
+    protocols = list(dict.fromkeys(card["protocol"]["name"] for _, card in labelled if card["threat"] is not None))
+    sheet = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    for name in ("model", "data"):
+        sheet.add_column(name, overflow="fold")
+    for name in ("eps", *_n_column(labelled), "clean %", *(f"{name} %" for name in protocols), "top"):
+        sheet.add_column(name, justify="right", no_wrap=True)
+    sheet.add_column("verdict", no_wrap=True)
+    for row in rows_of(labelled):
+        sheet.add_row(*_table_cells(row, protocols, bool(_n_column(labelled))))
+    return sheet
+
+
+def _n_column(labelled: Sequence[Labelled]) -> list[str]:
+    return ["n"] if len({card["data"]["n"] for _, card in labelled}) > 1 else []
+
+
+def _table_cells(row: list[Labelled], protocols: Sequence[str], with_n: bool) -> list[str]:
+    label, card = row[0]
+    robust = {one["protocol"]["name"]: percent(one["robust_accuracy"], one["standard_error"]["robust"]) for _, one in row}
+    clean = percent(card["clean_accuracy"], card["standard_error"]["clean"])
+    share = f"{100 * max(one['largest_class_share'] for _, one in row):.0f}"
+    failed = sorted({check for _, one in row for check in one["verdict"]["failed_checks"]})
+    verdict = min((one["verdict"]["status"] for _, one in row), key=VERDICT_ORDER.index)
+    verdict += f"\n{' '.join(failed)}" if failed else ""
+    robusts = [robust.get(name, "-") for name in protocols]
+    n = [str(card["data"]["n"])] if with_n else []
+    return [label, data_text(card), eps_text(card), *n, clean, *robusts, share, verdict]
+
+
+def footnotes(labelled: Sequence[Labelled]) -> list[str]:
+    """What must be known of a table's figures: attacks with their steps and targets, radius, precision, chance."""
+    n = "" if _n_column(labelled) else f"n = {labelled[0][1]['data']['n']:,} images in each row. "
+    notes = [f"{n}Robust: right on the clean image and under every attack of the protocol. ± is one standard error, sqrt(p(1-p)/n)."]
+    attacks: dict[str, list[str]] = {}
+    for _, card in labelled:
+        if card["attacks"]:
+            line = f"{card['protocol']['name']}: {' + '.join(map(_attack_text, card['attacks']))}"
+            attacks.setdefault(line, []).append(card["data"]["label_space"])
+    for line, spaces in attacks.items():
+        notes.append(f"{line} ({', '.join(dict.fromkeys(spaces))}).")
+    places = {(c["threat"]["space"], c["threat"]["resolution"], c["threat"]["norm"]) for _, c in labelled if c["threat"] is not None}
+    for space, side, norm in sorted(places):
+        notes.append(f"eps: {norm} in units of the pixel range, on {space} pixels at {side} px.")
+    chances = {data_text(card): card["chance"] for _, card in labelled}
+    notes.append(f"Chance: {', '.join(f'{name} {100 * chance:.1f} %' for name, chance in chances.items())}. "
+                 "Top: share of the class predicted most often, clean or attacked, in %.")
+    return notes
+
+
+def _attack_text(attack: dict[str, Any]) -> str:
+    targets = f", {attack['target']} targets" if attack["target"] is not None else ""
+    return f"{attack['name']} ({attack['steps']} steps{targets})"
+
+
+def show(labelled: Sequence[Labelled], stream: TextIO | None = None, width: int | None = None) -> None:
+    """Prints the table and its notes; plain text where the stream is no terminal."""
+    console = Console(file=stream, width=width, highlight=False, markup=False)
+    console.print(table(labelled))
+    for note in footnotes(labelled):
+        console.print(note, style="dim")
+
+
+def write_csv(labelled: Sequence[Labelled], path: Path) -> Path:
+    """Writes one line a card, shares in [0, 1], unrounded."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for label, card in labelled:
+        writer.writerow(_csv_row(label, card))
+    cards.write_whole(path, buffer.getvalue().encode())
+    return path
+
+
+def _csv_row(label: str, card: Card) -> dict[str, Any]:
+    model, data, attacks, threat = card["model"], card["data"], card["attacks"], card["threat"] or {}
+    columns = {
+        "label": label, "model": model["name"], "method": model["method"], "sha256": model["sha256"], "data": data["name"],
+        "protocol": card["protocol"]["name"], "fidelity": card["protocol"]["fidelity"],
+        "attacks": "+".join(attack["name"] for attack in attacks), "steps": "+".join(str(attack["steps"]) for attack in attacks),
+        "targets": "+".join(str(attack["target"] or "") for attack in attacks), "verdict": card["verdict"]["status"],
+        "failed_checks": "+".join(card["verdict"]["failed_checks"]),
+        "clean_standard_error": card["standard_error"]["clean"], "robust_standard_error": card["standard_error"]["robust"],
+    }  # fmt: skip
+    same = {name: {**card, **data, **threat}.get(name) for name in CSV_COLUMNS if name not in columns}
+    return {**same, **columns}

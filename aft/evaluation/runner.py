@@ -1,0 +1,199 @@
+"""Measures one cell, part by part, so that a killed run goes on where it was and any number of processes can share the work.
+
+There are no collectives: rank r of W takes rows r, r + W, ..., parts are files, and whoever finds all rows done writes the card.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aft import cards
+from aft.cards import Card, Verdicts
+from aft.errors import ConfigError
+from aft.evaluation import origin
+from aft.evaluation.checks import failed
+from aft.evaluation.judge import Cell, Cost, Judge, scoring
+
+__all__ = ["Cell", "Parts", "Place", "card_path", "evaluate", "finished"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among those that share the work; each may run anywhere that sees the same folder.
+
+    Args:
+        rank: from 0.
+        world: how many there are.
+
+    Raises:
+        ConfigError: a rank that is not among them.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise ConfigError(f"rank = {self.rank} of world = {self.world}: ranks are 0 to world - 1.")
+
+    @classmethod
+    def of_environment(cls) -> Place:
+        """As torchrun and Lightning tell it (``RANK``, ``WORLD_SIZE``); alone where they say nothing."""
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+class Parts:
+    """The rows done so far of one cell: a folder of ``.npz`` files, each whole.
+
+    Args:
+        folder: of this cell alone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self) -> list[Verdicts]:
+        """All parts, in the order of their names; with the columns of verdicts and the row ``cost`` (forwards, backwards, seconds)."""
+        return [cards.read_arrays(path) for path in sorted(self.folder.glob("part-*.npz"))]
+
+    def missing(self, rows: Iterable[int]) -> list[int]:
+        """Those of ``rows`` that no part holds."""
+        done = {int(row) for part in self.read() for row in part["row"]}
+        return [row for row in rows if row not in done]
+
+    def write(self, verdicts: Verdicts, cost: tuple[int, int, float], images_nCHW: Tensor | None = None) -> None:
+        """Adds a part, named by its rows, so that the same work done twice is one file."""
+        name = f"part-{cards.digest(verdicts['row'].tolist())[:12]}"
+        if images_nCHW is not None:
+            pictures = {"index": verdicts["index"], "adversarial": images_nCHW.cpu().numpy()}
+            cards.write_arrays(self.folder / f"images-{name}.npz", pictures)
+        cards.write_arrays(self.folder / f"{name}.npz", {**verdicts, "cost": np.array(cost, np.float64)})
+
+    def remove(self) -> None:
+        """Deletes the parts, and the folder unless adversarial images are kept in it."""
+        if any(self.folder.glob("images-*.npz")):
+            for path in self.folder.glob("part-*.npz"):
+                path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def card_path(out: Path, label: str, cell: Cell) -> Path:
+    """Where a cell's card lies: ``OUT/cards/LABEL/DATA-SPLIT-SPACE-PROTOCOL[-NORM-EPS]-CELL.json``, the radius in 1/255."""
+    protocol = cell.protocol
+    threat = [] if protocol.eps is None else [str(protocol.norm), f"{protocol.eps * 255:.4g}"]
+    parts = [cell.data.name, cell.data.split, cell.data.label_space, protocol.name, *threat, cell.id[:8]]
+    return out / "cards" / _plain(label) / f"{'-'.join(_plain(part) for part in parts)}.json"
+
+
+def _plain(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "._" else "_" for letter in name)
+
+
+def finished(path: Path, cell: Cell) -> Card | None:
+    """The card of this cell, where it is complete."""
+    if not path.exists():
+        return None
+    card = cards.read(path)
+    return card if card["cell"] == cell.id and card["status"] == "complete" else None
+
+
+def evaluate(
+    cell: Cell, out: Path, label: str = "model", *, batch_size: int = 100, place: Place | None = None, keep_images: bool = False,
+    command: str | None = None, log: Callable[[str], None] = lambda _: None,
+) -> Card | None:  # fmt: skip
+    """Measures a cell, or what is left of it, and writes its card.
+
+    Args:
+        cell: what to measure.
+        out: cards go to ``out/cards``, parts to ``out/parts`` until their card is written.
+        label: the model's name in tables; the folder of its cards.
+        batch_size: images a part; a kill loses at most one. It changes no verdict.
+        place: this process among those that share the work.
+        keep_images: keep adversarial images with the parts; parts that are done already are not made anew for it.
+        command: for the card.
+        log: told after each part.
+
+    Returns:
+        The card; none while other processes still work on their rows.
+    """
+    path, parts, place = card_path(out, label, cell), Parts(out / "parts" / f"{_plain(label)}-{cell.id}"), place or Place()
+    if card := finished(path, cell):
+        return card
+    todo = parts.missing(range(place.rank, len(cell.data), place.world))
+    if todo:
+        with scoring(cell.model):
+            judge = Judge(cell)
+            for start in range(0, len(todo), batch_size):
+                _one_part(judge, todo[start : start + batch_size], parts, keep_images)
+                log(f"{min(start + batch_size, len(todo))} of {len(todo)} images")
+    return _close(cell, path, parts, command)
+
+
+def _one_part(judge: Judge, rows: list[int], parts: Parts, keep_images: bool) -> None:
+    begin = time.perf_counter()
+    with Cost(judge.model.visual) as cost:
+        verdicts, images_nCHW = judge(rows)
+    parts.write(verdicts, (cost.forwards, cost.backwards, time.perf_counter() - begin), images_nCHW if keep_images else None)
+
+
+def _close(cell: Cell, path: Path, parts: Parts, command: str | None) -> Card | None:
+    """Joins the parts when no row is missing. Another process may do the same at this moment: both write the same card."""
+    try:
+        done = parts.read()
+    except FileNotFoundError:
+        done = []
+    held = {int(row) for part in done for row in part["row"]}
+    if len(held) < len(cell.data):
+        return finished(path, cell)
+    costs = np.sum([part.pop("cost") for part in done], axis=0)
+    verdicts = cards.join(done)
+    card = summarise(cell, verdicts, costs, command)
+    cards.write(path, card, verdicts)
+    parts.remove()
+    return card
+
+
+def summarise(cell: Cell, verdicts: Verdicts, costs: NDArray[Any], command: str | None = None) -> Card:
+    """The card of a cell from its verdicts and the sums of forwards, backwards and seconds."""
+    n, names = len(cell.data), [planned.name for planned in cell.protocol.attacks]
+    left = dict(zip(names, (float(share) for share in verdicts["right"].mean(0)), strict=True))
+    clean, robust = float(verdicts["clean"].mean()), left[names[-1]] if names else None
+    shares = {"clean": _largest_share(verdicts["clean_answer"]), "attacked": _largest_share(verdicts["answer"]) if names else None}
+    problems, (head, dirty) = failed(verdicts, cell.data), origin.commit()
+    forwards, backwards, seconds = costs
+    return {
+        "schema": cards.SCHEMA, "cell": cell.id, "status": "complete", "task": cell.task.name,
+        "model": origin.model_block(cell.model.record), "data": origin.data_block(cell.data),
+        "protocol": {"name": cell.protocol.name, "fidelity": cell.protocol.fidelity}, "threat": cell.threat, "attacks": cell.attacks,
+        "defense": None, "seeds": cell.seeds, "precision": "fp32", "clean_accuracy": clean, "robust_accuracy": robust, "per_attack": left,
+        "metrics": {**cell.task.metrics(verdicts, cell.data), "largest_class_shares": shares, **_attacked(names, verdicts)},
+        "standard_error": {"clean": cards.standard_error(clean, n), "robust": None if robust is None else cards.standard_error(robust, n)},
+        "chance": 1 / len(cell.data.class_names), "largest_class_share": max(share for share in shares.values() if share is not None),
+        "verdict": {"status": "suspect" if problems else "unchecked", "failed_checks": problems},
+        "cost": {"forwards": int(forwards), "backwards": int(backwards), "seconds": round(float(seconds), 2),
+                 "device": origin.device_name(next(cell.model.parameters()).device)},
+        "versions": origin.versions(), "commit": head, "dirty": dirty, "command": command, "created": origin.now(), "external": None,
+    }  # fmt: skip
+
+
+def _largest_share(answers: NDArray[Any]) -> float:
+    """The share of the answer that is given most often."""
+    return float(np.unique(answers, return_counts=True)[1].max() / len(answers))
+
+
+def _attacked(names: list[str], verdicts: Verdicts) -> dict[str, dict[str, int]]:
+    """For each attack the images it was shown, and those that a fresh forward judged otherwise than the attack itself."""
+    before = np.concatenate([verdicts["clean"][:, None], verdicts["right"][:, :-1]], axis=1) if names else verdicts["right"]
+    shown = dict(zip(names, before.sum(0).tolist(), strict=True))
+    return {"attacked": shown, "judged_otherwise": dict(zip(names, (~verdicts["agree"]).sum(0).tolist(), strict=True))}

@@ -1,0 +1,93 @@
+"""What is asked of a model, apart from how it is attacked and counted. Zero-shot classification is the one task so far.
+
+Shapes: n images, C channels, H rows, W columns, K classes, D embedding width, N images of the data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from aft.attacks.base import Objective
+from aft.attacks.objectives import ClassificationObjective, LossName, ce, dlr, dlr_targeted, margin
+from aft.batch import EvaluationSet
+from aft.cards import Verdicts
+from aft.clip.model import ZeroShotModel
+
+
+class Task(Protocol):
+    """What the runner asks of a task. ``truth_n`` is what is known of the rows (labels); ``context`` is whatever ``prepare`` made."""
+
+    #: Id of the task on cards.
+    name: ClassVar[str]
+    #: ``ce``, ``margin``, ``dlr`` take (outputs, truth), ``dlr_targeted`` also targets; each gives ``[n]``, to be maximised.
+    losses: ClassVar[Mapping[str, Callable[..., Tensor]]]
+
+    def prepare(self, model: ZeroShotModel, data: EvaluationSet) -> Any:
+        """What is computed once for all images, such as a bank of class texts."""
+
+    def forward(self, model: ZeroShotModel, images_nCHW: Tensor, context: Any, draws: int = 1) -> Tensor:
+        """The model's outputs for these images; ``draws`` averages a random model's."""
+
+    def objective(self, model: ZeroShotModel, context: Any, truth_n: Tensor, loss: LossName) -> Objective:
+        """What an attack on these rows maximises."""
+
+    def answer(self, outputs: Tensor) -> Tensor:
+        """What the model says, as one number a row that can be counted, int64 ``[n]``."""
+
+    def score(self, outputs: Tensor, truth_n: Tensor) -> Tensor:
+        """Whether each row is right, bool ``[n]``."""
+
+    def metrics(self, verdicts: Verdicts, data: EvaluationSet) -> dict[str, Any]:
+        """Further figures over all rows, from the verdicts alone."""
+
+
+@dataclass(frozen=True)
+class ClassText:
+    """What classification computes once: ``text_KD``, one unit vector a class of the label space."""
+
+    text_KD: Tensor
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Zero-shot classification: right when the class with the largest logit is the label."""
+
+    name: ClassVar[str] = "classification"
+    losses: ClassVar[Mapping[str, Callable[..., Tensor]]] = {"ce": ce, "margin": margin, "dlr": dlr, "dlr_targeted": dlr_targeted}
+
+    def prepare(self, model: ZeroShotModel, data: EvaluationSet) -> ClassText:
+        """Encodes every class name in every template, once."""
+        return ClassText(model.text_bank(data.class_names, data.templates))
+
+    def forward(self, model: ZeroShotModel, images_nCHW: Tensor, context: ClassText, draws: int = 1) -> Tensor:
+        """Logits over the label space, ``[n, K]``; a plain model has no draws to average."""
+        logits_nK: Tensor = model(images_nCHW, context.text_KD)
+        return logits_nK
+
+    def objective(self, model: ZeroShotModel, context: ClassText, truth_n: Tensor, loss: LossName) -> Objective:
+        """A classification loss over the model; targeted attacks aim it themselves, so for them it starts as cross-entropy."""
+        start: LossName = "ce" if loss == "dlr_targeted" else loss
+        return ClassificationObjective(lambda x_nCHW: self.forward(model, x_nCHW, context), truth_n, loss=start, modules=[model])
+
+    def answer(self, outputs: Tensor) -> Tensor:
+        """The class with the largest logit."""
+        return outputs.argmax(1)
+
+    def score(self, outputs: Tensor, truth_n: Tensor) -> Tensor:
+        """Whether that class is the label."""
+        return self.answer(outputs) == truth_n
+
+    def metrics(self, verdicts: Verdicts, data: EvaluationSet) -> dict[str, Any]:
+        """For each class its n, clean and robust accuracy (none where the class has no image, or nothing attacked)."""
+        return {"per_class": {name: self._of_class(verdicts, label) for label, name in enumerate(data.class_names)}}
+
+    def _of_class(self, verdicts: Verdicts, label: int) -> dict[str, Any]:
+        here = verdicts["label"] == label
+        n, attacked = int(here.sum()), verdicts["right"].shape[1] > 0
+        robust = float(np.mean(verdicts["right"][here, -1])) if n and attacked else None
+        return {"n": n, "clean_accuracy": float(np.mean(verdicts["clean"][here])) if n else None, "robust_accuracy": robust}

@@ -1,0 +1,294 @@
+"""Measures how robust models are, and shows what was measured.
+
+    python eval.py evaluate -c configs/eval/quickstart.yaml     (evaluate is the default and may be left out)
+    python eval.py report --cards runs/eval/cards
+
+``python eval.py evaluate -h`` and ``python eval.py report -h`` list all settings.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import sys
+import time
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from lightning import LightningDataModule
+
+from aft.attacks.threat_model import Norm
+from aft.batch import EvaluationSet
+from aft.cards import write_whole
+from aft.clip import ModelSpec, ZeroShotModel, load_model
+from aft.errors import AftError, ConfigError, RunError, unknown_name
+from aft.evaluation import Cell, Place, Protocol, evaluate, first, plan, report
+from aft.evaluation.picture import draw
+from aft.evaluation.report import Labelled
+
+SECONDS_BETWEEN_LINES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Every model on every label space under every protocol at every radius. What is finished is not measured again.
+
+    Args:
+        data: datamodule with ``evaluation_set(split)``, as in ``configs/data/*.yaml``.
+        models: name in tables -> which CLIP; none: the embedded MiniCLIP-32.
+        weights: a checkpoint of ours to measure in place of ``models``; its name in tables is its model and method.
+        split: of the data set.
+        label_spaces: name -> class names to keep and to classify among; null: all classes.
+        protocols: any of clean, pgd, apgd, strict; each is a column.
+        eps: radii in units of the pixel range, such as 2/255.
+        norm: of the radii.
+        steps: of each attack (strict has its own).
+        targets: classes a targeted attack aims at, clipped to the number of wrong classes (strict has its own).
+        n: images of each label space, the first of a fixed balanced order; null: all.
+        batch_size: images at once, and in a part: a kill loses at most one part.
+        seed: of the attacks' noise.
+        out: folder for cards, parts, table.csv and accuracy.png.
+        device: auto takes a GPU where there is one.
+        rank: of this process among those that share the work; null: the environment's RANK, or 0.
+        world: how many processes share the work; null: the environment's WORLD_SIZE, or 1.
+        keep_images: keep the adversarial images under OUT/parts.
+    """
+
+    data: LightningDataModule
+    models: dict[str, ModelSpec] | None = None
+    weights: str | None = None
+    split: str = "test"
+    label_spaces: dict[str, list[str] | None] = field(default_factory=lambda: {"all": None})
+    protocols: list[str] = field(default_factory=lambda: ["pgd", "apgd"])
+    eps: list[float | str] = field(default_factory=lambda: ["1/255", "2/255", "4/255"])
+    norm: Norm = "linf"
+    steps: int = 20
+    targets: int = 3
+    n: int | None = None
+    batch_size: int = 100
+    seed: int = 0
+    out: Path = Path("runs/eval")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    rank: int | None = None
+    world: int | None = None
+    keep_images: bool = False
+
+    def run(self, command: str, effective: str) -> list[Labelled]:
+        """Measures what is missing, then shows, writes and returns the cards."""
+        place, device = self.place(), torch_device(self.device)
+        work = [(subset, protocol) for subset in self.subsets() for protocol in self.plans(len(subset.class_names))]
+        cards: list[Labelled] = []
+        for label, model in self.loaded():
+            for subset, protocol in work:
+                cards += self.measure(label, Cell(model.to(device), subset, protocol, self.seed), place, command)
+            model.cpu()
+        if place.rank == 0:
+            write_whole(self.out / "config.yaml", effective.encode())
+        return self.finish(cards, place)
+
+    def place(self) -> Place:
+        """This process among those that share the work."""
+        around = Place.of_environment()
+        return Place(around.rank if self.rank is None else self.rank, around.world if self.world is None else self.world)
+
+    def subsets(self) -> list[EvaluationSet]:
+        """The images of each label space.
+
+        Raises:
+            ConfigError: the datamodule offers no evaluation set, or there is no label space.
+            DataError: unknown classes, or fewer images than asked for.
+        """
+        offer = getattr(self.data, "evaluation_set", None)
+        if offer is None:
+            raise ConfigError(f"{type(self.data).__name__} has no evaluation_set(split): give a datamodule of datamodules, such as Sample.")
+        if not self.label_spaces or self.batch_size < 1:
+            raise ConfigError(f"label_spaces = {self.label_spaces}, batch_size = {self.batch_size}: give at least one of each.")
+        whole = offer(self.split)
+        return [first(whole, self.n, classes, name) for name, classes in self.label_spaces.items()]
+
+    def plans(self, classes: int) -> Iterator[Protocol]:
+        """Every protocol at every radius; the clean one once."""
+        if not self.protocols:
+            raise ConfigError("protocols is empty: give one or more of clean, pgd, apgd, strict.")
+        for name in self.protocols:
+            radii: list[float | str] = [0] if name == "clean" else self.eps
+            if not radii:
+                raise ConfigError(f"protocol {name} needs eps: give one radius or more, such as 2/255.")
+            for eps in radii:
+                yield plan(name, eps=eps, steps=self.steps, targets=self.targets, classes=classes, norm=self.norm)
+
+    def loaded(self) -> list[tuple[str, ZeroShotModel]]:
+        """All models, each with its name in tables; before anything is measured, so that a missing file is known at once."""
+        if self.weights is not None:
+            model = load_model(ModelSpec(pretrained=self.weights))
+            return [(f"{model.record.name}-{model.record.method}", model)]
+        return [(label, load_model(spec)) for label, spec in (self.models or {"miniclip32": ModelSpec()}).items()]
+
+    def measure(self, label: str, cell: Cell, place: Place, command: str) -> list[Labelled]:
+        """One cell: its card, or nothing while other processes still work on it."""
+        name = f"{label}, {cell.data.name} {cell.data.label_space}, {cell.protocol.name}"
+        name += "" if cell.protocol.eps is None else f" {cell.protocol.eps * 255:.4g}/255"
+        begin = time.perf_counter()
+        card = evaluate(cell, self.out, label, batch_size=self.batch_size, place=place, keep_images=self.keep_images, command=command,
+                        log=now_and_then(lambda text: print(f"  {text}", flush=True)))  # fmt: skip
+        outcome = f"n = {len(cell.data)}, {time.perf_counter() - begin:.1f} s" if card else "waits for other ranks"
+        print(f"{name}: {outcome}", flush=True)
+        return [(label, card)] if card else []
+
+    def finish(self, cards: list[Labelled], place: Place) -> list[Labelled]:
+        """The table and where everything is; rank 0 alone speaks for all."""
+        folder = self.out / "cards"
+        if place.rank == 0 and cards:
+            publish(cards, self.out)
+        print(f"cards: {folder}    show them again: python eval.py report --cards {shlex.quote(str(folder))}", flush=True)
+        return cards
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Shows cards again, as a table, table.csv and accuracy.png.
+
+    Args:
+        cards: folder, or list of folders, to look for cards in.
+        out: folder for table.csv and accuracy.png; null: beside the first folder of ``cards``.
+    """
+
+    cards: Path | list[Path] = Path("runs/eval/cards")
+    out: Path | None = None
+
+    def run(self, command: str, effective: str) -> list[Labelled]:
+        """Reads, shows and returns the cards."""
+        folders = self.cards if isinstance(self.cards, list) else [self.cards]
+        found = report.load(folders)
+        publish(found, folders[0].parent if self.out is None else self.out)
+        return found
+
+
+COMMANDS: dict[str, type[Evaluate] | type[Report]] = {"evaluate": Evaluate, "report": Report}
+
+
+def publish(cards: list[Labelled], out: Path) -> None:
+    """The table on screen, then ``table.csv`` and ``accuracy.png``."""
+    report.show(cards)
+    print(f"table: {report.write_csv(cards, out / 'table.csv')}")
+    try:
+        if drawn := draw(cards, out / "accuracy.png"):
+            print(f"picture: {drawn}")
+    except RunError as error:
+        print(error)
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        RunError: CUDA is asked for where torch sees none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RunError("device = cuda, but torch sees no CUDA device: use cpu or auto, or install a CUDA build of torch.")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def now_and_then(say: Callable[[str], None]) -> Callable[[str], None]:
+    """``say``, but at most every ten seconds."""
+    last = time.perf_counter()
+
+    def perhaps(text: str) -> None:
+        nonlocal last
+        if time.perf_counter() - last >= SECONDS_BETWEEN_LINES:
+            last = time.perf_counter()
+            say(text)
+
+    return perhaps
+
+
+def parser_of(name: str) -> ArgumentParser:
+    """The command line of one command; the YAML of ``-c`` has the same keys."""
+    about = COMMANDS[name]
+    parser = ArgumentParser(prog=f"eval.py {name}", description=(about.__doc__ or "").split("\n")[0], exit_on_error=False)
+    parser.add_argument("-c", "--config", action="config", help="YAML with any of these settings; give several, and the later wins.")
+    parser.add_class_arguments(about, fail_untyped=True)
+    return parser
+
+
+def explained(error: ArgumentError, parser: ArgumentParser) -> ConfigError:
+    """jsonargparse's message on one line, with near matches where a setting is not known."""
+    text = " ".join(str(error).split())
+    unknown = re.search(r"Option '(\w+)[\w.]*' is not accepted|unrecognized arguments: --(\w+)", text)
+    if unknown is None:
+        return ConfigError(text)
+    of_class = re.search(r"class_path '([\w.]+)': Option", text)
+    known = defaults_of(of_class[1]) if of_class else {action.dest.split(".")[0]: None for action in parser._actions}
+    return ConfigError(f"{text} ({unknown_name('setting', unknown[1] or unknown[2], known.keys() - {'help', 'print_config'})})")
+
+
+def defaults_of(class_path: str) -> dict[str, Any]:
+    """The settings of a class with their defaults, by its dotted path."""
+    module, _, name = class_path.rpartition(".")
+    parser = ArgumentParser()
+    parser.add_class_arguments(getattr(importlib.import_module(module), name), fail_untyped=False)
+    return dict(parser.get_defaults().as_dict())
+
+
+def in_short(effective: str, defaults: str) -> str:
+    """The settings that differ from the defaults, also inside ``data``, as compact YAML."""
+    usual, given = yaml.safe_load(defaults), yaml.safe_load(effective)
+    short = {key: value for key, value in given.items() if value != usual.get(key)}
+    of_class = defaults_of(short["data"]["class_path"])
+    told = short["data"].get("init_args", {}).items()
+    inside = {key: value for key, value in told if key not in of_class or _plain(of_class[key]) != value}
+    short["data"] = short["data"]["class_path"] if not inside else {"class_path": short["data"]["class_path"], "init_args": inside}
+    return str(yaml.safe_dump(short, sort_keys=False, default_flow_style=None, width=120))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def main(args: list[str] | None = None) -> list[Labelled]:
+    """Runs one command and returns the cards that it made or read, each with the label of its model.
+
+    Raises:
+        AftError: whatever a user can mend.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    command = f"python eval.py {shlex.join(words)}".strip()
+    name = words.pop(0) if words and not words[0].startswith("-") else "evaluate"
+    if name not in COMMANDS:
+        raise ConfigError(unknown_name("command", name, COMMANDS))
+    parser = parser_of(name)
+    try:
+        settings = parser.parse_args(words)
+    except ArgumentError as error:
+        raise explained(error, parser) from error
+    settings.pop("config", None)
+    effective = parser.dump(settings, skip_unset=False)
+    if name == "evaluate":
+        print(in_short(effective, parser.dump(parser.get_defaults(), skip_unset=False, skip_validation=True)), flush=True)
+    made: Any = COMMANDS[name](**vars(parser.instantiate(settings)))
+    cards: list[Labelled] = made.run(command, effective)
+    return cards
+
+
+def shell() -> int:
+    """``main`` as a command: errors are one line, and the exit status says what happened (0, 2 error, 130 stopped)."""
+    try:
+        main()
+    except AftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped: all finished parts are kept; the same command goes on from there.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(shell())

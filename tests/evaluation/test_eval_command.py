@@ -1,0 +1,128 @@
+"""Laws of ``eval.py``: what is asked for is measured, nothing twice, and a mistake is one line that says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import eval as command
+from aft.errors import AftError
+from aft.evaluation import runner
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "{m: {name: tiny}}"
+
+
+def run(out, *more):
+    """A small evaluation of the tiny model on the sample."""
+    return command.main(["--data", "datamodules.Sample", "--models", MODEL, "--out", str(out), "--n", "20", "--steps", "2", *more])
+
+
+def test_models_spaces_protocols_and_radii_are_crossed(tmp_path, capsys):
+    """Each combination once, the clean one without a radius; then nothing is left to do, and report shows the same."""
+    spaces = "{some: [cat, dog, ship], all: null}"
+    words = ("--n", "10", "--label_spaces", spaces, "--protocols", "[clean, pgd, apgd]", "--eps", "[1/255, 2/255]")
+    made = run(tmp_path, *words)
+    cells = [(c["data"]["label_space"], c["protocol"]["name"], c["threat"] and c["threat"]["eps"]) for _, c in made]
+    ladder = [(name, eps / 255) for name in ("pgd", "apgd") for eps in (1, 2)]
+    assert cells == [(space, *cell) for space in ("some", "all") for cell in [("clean", None), *ladder]]
+    assert all(c["data"]["n"] == 10 and c["command"].startswith("python eval.py --data") and c["model"]["name"] == "tiny" for _, c in made)
+    assert {"cards", "config.yaml", "table.csv", "accuracy.png"} <= {path.name for path in tmp_path.iterdir()}
+    said = capsys.readouterr().out
+    assert "show them again: python eval.py report --cards" in said and "±" in said and "\x1b" not in said
+    assert run(tmp_path, *words) == made
+    capsys.readouterr()
+    shown = command.main(["report", "--cards", str(tmp_path / "cards")])
+    assert sorted(shown, key=str) == sorted(made, key=str) and "apgd_margin" in capsys.readouterr().out
+
+
+def test_files_may_be_given_several_times_and_the_command_line_wins(tmp_path):
+    """The later file over the earlier one, the command line over both; the effective settings lie beside the cards, and work again."""
+    whole = {"n": 30, "seed": 1, "models": {"m": {"name": "tiny"}}, "protocols": ["clean"]}
+    for name, settings in (("a", whole), ("b", {"n": 12, "seed": 2})):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"data": "datamodules.Sample", **settings}))
+    made = command.main(["-c", str(tmp_path / "a.yaml"), "-c", str(tmp_path / "b.yaml"), "--seed", "3", "--out", str(tmp_path / "out")])
+    stored = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert made[0][1]["data"]["n"] == 12 and (stored["n"], stored["seed"]) == (12, 3)
+    assert command.main(["-c", str(tmp_path / "out" / "config.yaml")]) == made
+
+
+def test_ranks_share_the_work(tmp_path, monkeypatch):
+    """As torchrun tells them: the first finds its cell unfinished, the last has the card."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        made.append(run(tmp_path, "--protocols", "[pgd]", "--eps", "[2/255]"))
+    assert made[0] == [] and len(made[1]) == 1 and made[1][0][1]["data"]["n"] == 20
+
+
+MISTAKES = {
+    "--protocols [apdg]": "did you mean 'apgd'",
+    "--label_spaces {s: [cat,dgo]}": "did you mean 'dog'",
+    "--n 5000": "has 1000 images",
+    "--eps [4]": "write 4/255",
+    "--eps []": "give one radius",
+    "--protocols []": "protocols is empty",
+    "--models {m:{name:miniclip23,pretrained:random}}": "did you mean 'miniclip32'",
+    "--weights nowhere.ckpt": "no weights file at nowhere.ckpt",
+    "--split tets": "did you mean 'test'",
+    "--stepz 3": "did you mean 'steps'",
+    "--data.bach_size 3": "did you mean 'batch_size'",
+    "--rank 2 --world 2": "ranks are 0",
+    "--batch_size 0": "batch_size = 0",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_named_before_anything_is_measured(tmp_path, words, monkeypatch):
+    """With what is allowed or what to do."""
+    monkeypatch.setattr(runner, "_one_part", lambda *_: pytest.fail("an image was measured"))
+    given = words.replace("{m:{name:miniclip23,pretrained:random}}", "{m: {name: miniclip23, pretrained: random}}").replace("s: ", "s:_")
+    with pytest.raises(AftError, match=MISTAKES[words]):
+        run(tmp_path, *(word.replace("s:_", "s: ") for word in given.split(" ", 1)) if words.count("--") == 1 else words.split())
+
+
+def test_cuda_is_refused_where_there_is_none(tmp_path, monkeypatch):
+    """And not replaced by the CPU; auto is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(AftError, match="torch sees no CUDA device"):
+        run(tmp_path, "--device", "cuda")
+    assert command.torch_device("auto").type == "cpu"
+
+
+@pytest.mark.parametrize("error, status, words", [
+    (AftError("a plain line"), 2, "error: a plain line\n"), (KeyboardInterrupt(), 130, "the same command goes on"), (None, 0, ""),
+])  # fmt: skip
+def test_the_exit_status_says_what_happened(monkeypatch, capsys, error, status, words):
+    """One line without a traceback."""
+    def fake() -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(command, "main", fake)
+    assert command.shell() == status
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "eval").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_files_are_understood(path, tmp_path, monkeypatch):
+    """Each is run for one part of four images with a tiny model in the place of its own, and on the sample; every key has a comment."""
+    monkeypatch.chdir(ROOT)
+    lines = path.read_text().splitlines()
+    keys = [number for number, line in enumerate(lines) if line and line[0].isalpha() and not line.startswith("data:")]
+    assert all(lines[number - 1].lstrip().startswith("#") or lines[number + 1].lstrip().startswith("#") for number in keys)
+    data = [] if "datamodules.Sample" in path.read_text() else ["--data", "datamodules.Sample"]
+    made = command.main(["-c", str(path), *data, "--models", MODEL, "--n", "4", "--steps", "1", "--out", str(tmp_path)])
+    assert made and {card["data"]["n"] for _, card in made} == {4}
+
+
+def test_the_card_of_a_model_has_every_class(tmp_path):
+    """Without attacks: accuracy and n of each class, and a table without robust columns."""
+    ((_, card),) = run(tmp_path, "--protocols", "[clean]")
+    assert {one["n"] for one in card["metrics"]["per_class"].values()} == {2} and len(card["metrics"]["per_class"]) == 10
+    assert not (tmp_path / "accuracy.png").exists() and (tmp_path / "table.csv").exists()
