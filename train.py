@@ -26,6 +26,8 @@ from aft.settings import dropped_settings, explain, flat, new_differences, under
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "configs" / "base.yaml"
+# Every trainable parameter is used in every step; buffers need no broadcast, which would hang uneven validation; no endless waits.
+DDP = {"find_unused_parameters": False, "broadcast_buffers": False, "timeout": "0:10:00"}
 HIDDEN = (  # Lightning's tips, and warnings of what is meant so here
     "`isinstance.treespec, LeafSpec.` is deprecated",
     ".*does not have many workers",
@@ -97,11 +99,14 @@ class Main(LightningCLI):
                     f"{given} sets {', '.join(lost)}, but the class named later lacks it: take it out of the file or keep the class."
                 )
         check_device(str(settings.trainer.accelerator))
+        self.effective = self._effective_yaml()  # before the places below: used again, the file must not point into this run's folder
         if settings.trainer.logger is None:
             place = {"save_dir": str(self.run_folder), "name": "", "version": "tensorboard", "default_hp_metric": False}
             settings.trainer.logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": place}
         if settings.checkpoint.dirpath is None:
             settings.checkpoint.dirpath = str(self.run_folder / "checkpoints")
+        if str(settings.trainer.devices) not in ("1", "auto") and settings.trainer.strategy in ("auto", "ddp"):
+            settings.trainer.strategy = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": DDP}
         settings.trainer.enable_progress_bar = sys.stdout.isatty() and settings.trainer.enable_progress_bar is not False
 
     def instantiate_classes(self) -> None:
@@ -112,12 +117,18 @@ class Main(LightningCLI):
             raise underlying(error) from None
 
     def before_fit(self) -> None:
-        """Claims the run folder, and prints and stores the effective settings."""
-        if not self.trainer.fast_dev_run:
-            effective = self.effective_yaml()
-            claim(self.run_folder, effective, resuming=self.settings.get("ckpt_path") is not None)
-            if self.trainer.is_global_zero:
-                self._introduce(effective)
+        """Checks what the best checkpoint is chosen by, claims the run folder, and prints and stores the effective settings."""
+        check_monitor(self.settings.checkpoint.monitor, self.model, self.datamodule)
+        if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
+            return
+        asked = self.settings.get("ckpt_path")
+        claim(self.run_folder, Path(self.settings.checkpoint.dirpath), self.effective, asked)
+        self._introduce(self.effective)
+        if asked == "last":
+            newest = Path(self.settings.checkpoint.dirpath) / "last.ckpt"
+            print(f"going on from {newest}" if newest.is_file() else f"no checkpoint in {newest.parent} yet: a new run", flush=True)
+        elif asked:
+            print(f"going on from {asked}", flush=True)
 
     def _introduce(self, effective: str) -> None:
         """What runs, and the settings that decide what it becomes."""
@@ -135,7 +146,7 @@ class Main(LightningCLI):
             flush=True,
         )
 
-    def effective_yaml(self) -> str:
+    def _effective_yaml(self) -> str:
         """All settings of this run as YAML; the checkpoint path is left out, so that the file starts a new run when it is used again."""
         settings = self.settings.clone()
         for key in ("config", "ckpt_path"):
@@ -151,22 +162,42 @@ def check_device(accelerator: str) -> None:
         )
 
 
-def claim(folder: Path, effective: str, resuming: bool) -> None:
-    """Stores the settings in the run folder, unless it holds another run.
+def check_monitor(monitor: str | None, model: AdversarialFineTuning, data: Any) -> None:
+    """Raises ConfigError where the figure that checkpoints are chosen by would never be measured."""
+    if monitor is None or not monitor.startswith("val/"):
+        return
+    if not getattr(data, "val_class_lists", ()):
+        raise ConfigError(
+            f"checkpoint.monitor = {monitor}, but there is nothing to validate on: set data.init_args.holdout, or monitor to null."
+        )
+    if monitor == "val/robust_accuracy" and model.val_attack is None:
+        raise ConfigError(f"checkpoint.monitor = {monitor} needs model.init_args.val_attack: set it, or monitor val/clean_accuracy.")
+
+
+def claim(folder: Path, checkpoints: Path, effective: str, asked: str | None) -> None:
+    """Stores the settings in the run folder, unless it holds another run. A start that made no checkpoint does not count as a run.
+
+    Args:
+        folder: the run folder.
+        checkpoints: where its checkpoints go.
+        effective: the settings as YAML.
+        asked: ``last``, a checkpoint's path, or none for a new run.
 
     Raises:
-        RunError: the folder has a run already and this is no resume.
+        RunError: there are checkpoints, and this is not their continuation.
     """
-    stored = sorted(folder.glob("config*.yaml"))
-    if not stored:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(effective, encoding="utf-8")
-        return
-    if not resuming:
+    taken = any(checkpoints.glob("*.ckpt"))
+    own = asked == "last" or (asked is not None and Path(asked).resolve().is_relative_to(folder.resolve()))
+    if taken and not own:
         raise RunError(
             f"run folder {folder} already holds a run: add --ckpt_path last to go on with it, choose another with "
             "--trainer.default_root_dir FOLDER, or delete it."
         )
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = sorted(folder.glob("config*.yaml"), key=lambda path: int(path.stem.partition("-")[2] or 0))
+    if not taken or not stored:
+        (folder / "config.yaml").write_text(effective, encoding="utf-8")
+        return
     changes = new_differences(stored[-1].read_text(encoding="utf-8"), effective)
     if changes:
         print("settings that differ from the run's last start (these hold now):", *changes, sep="\n  ")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -15,8 +17,10 @@ class Farewell(L.Callback):
         path = None if saver is None else saver.best_model_path or saver.last_model_path
         if not path or not trainer.is_global_zero:
             return
-        best = "" if saver is None or saver.best_model_score is None else f" ({saver.monitor} {100 * float(saver.best_model_score):.1f}%)"
-        print(f"checkpoint: {path}{best}\nevaluate:   python eval.py -c configs/eval/apgd.yaml --weights {path}", flush=True)
+        score = "" if saver is None or saver.best_model_score is None else f" ({saver.monitor} {float(saver.best_model_score):.3f})"
+        print(f"checkpoint: {path}{score}", flush=True)
+        print("evaluate on the embedded sample (other data: add -c configs/data/NAME.yaml):")
+        print(f"  python eval.py -c configs/eval/apgd.yaml --weights {shlex.quote(path)}", flush=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """After Ctrl-C: how to go on."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from aft.attacks import undisturbed
 from aft.methods import AdversarialFineTuning
 
 MARGIN = 2
@@ -29,6 +30,7 @@ class ImageLog(L.Callback):
     """
 
     def __init__(self, every_n_steps: int = 100, images: int = 8, enlarge: int = 3) -> None:
+        self.last_step = -1
         self.every_n_steps, self.images, self.enlarge = every_n_steps, images, enlarge
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -36,12 +38,17 @@ class ImageLog(L.Callback):
         writer = getattr(trainer.logger, "experiment", None)
         if not isinstance(pl_module, AdversarialFineTuning) or not hasattr(writer, "add_image") or trainer.global_step % self.every_n_steps:
             return
+        if trainer.global_step == self.last_step:  # another part of an accumulated step
+            return
+        self.last_step = trainer.global_step
         clean_BCHW, adversarial_BCHW = batch.images[: self.images], pl_module.last_adversarial_BCHW
         if adversarial_BCHW is None or batch.labels is None:
             return
         adversarial_BCHW = adversarial_BCHW[: self.images]
         writer.add_image("attack/clean_adversarial_difference", self.picture(clean_BCHW, adversarial_BCHW), trainer.global_step)
-        writer.add_text("attack/predictions", self.table(pl_module, clean_BCHW, adversarial_BCHW, batch.labels), trainer.global_step)
+        writer.add_text(
+            "attack/predictions", self.table(pl_module, clean_BCHW, adversarial_BCHW, batch.labels[: self.images]), trainer.global_step
+        )
 
     def picture(self, clean_BCHW: Tensor, adversarial_BCHW: Tensor) -> Tensor:
         """Three rows of images, ``[C, height, width]`` in [0, 1]; in the third, grey means no change and the largest change is full."""
@@ -53,11 +60,11 @@ class ImageLog(L.Callback):
         return torch.cat(lines, dim=1).clamp(0, 1).cpu()
 
     @staticmethod
-    @torch.no_grad()
     def table(method: AdversarialFineTuning, clean_BCHW: Tensor, adversarial_BCHW: Tensor, labels_B: Tensor) -> str:
         """True and predicted classes as a Markdown table."""
         names, text_KD = method.data.class_lists["train"], method.class_bank("train")
-        clean_B, adversarial_B = (method.model(x, text_KD).argmax(1) for x in (clean_BCHW, adversarial_BCHW))
+        with undisturbed((method.model,)), torch.no_grad():  # eval mode, random streams as they were
+            clean_B, adversarial_B = (method.model(x, text_KD).argmax(1) for x in (clean_BCHW, adversarial_BCHW))
         rows = [
             f"| {names[y]} | {names[c]} | {names[a]} |"
             for y, c, a in zip(labels_B.tolist(), clean_B.tolist(), adversarial_B.tolist(), strict=True)

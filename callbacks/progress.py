@@ -17,12 +17,16 @@ class PlainProgress(L.Callback):
 
     def __init__(self) -> None:
         self.silent = sys.stdout.isatty()
+        self.last_step = -1
         self.started: tuple[float, int] | None = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """One line a log interval."""
         step = trainer.global_step
         self.started = self.started or (time.perf_counter(), step)
+        if step == self.last_step:  # another part of an accumulated step
+            return
+        self.last_step = step
         if step % trainer.log_every_n_steps == 0 and step:  # type: ignore[attr-defined]
             self._say(
                 trainer,

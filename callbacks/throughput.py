@@ -17,6 +17,7 @@ class Throughput(L.Callback):
     """
 
     def __init__(self) -> None:
+        self.last_step = -1
         self._reset()
 
     def _reset(self) -> None:
@@ -34,6 +35,9 @@ class Throughput(L.Callback):
         self.ended = time.perf_counter()
         self.busy += self.ended - self.started
         self.images += len(batch.images) * trainer.world_size
+        if trainer.global_step == self.last_step:  # another part of an accumulated step
+            return
+        self.last_step = trainer.global_step
         if trainer.global_step % trainer.log_every_n_steps == 0 and self.busy > 0:  # type: ignore[attr-defined]
             total = self.busy + self.waited
             pl_module.log("speed/images_per_second", self.images / total)

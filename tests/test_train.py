@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,6 +126,48 @@ def test_settings_that_a_new_class_lacks_are_listed() -> None:
 def test_differences_of_two_runs() -> None:
     """One line a key."""
     assert new_differences("a: {b: 1, c: 2}", "a: {b: 1, c: 3}\nd: 4") == ["a.c: 2 -> 3", "d: None -> 4"]
+
+
+def test_a_stored_config_starts_a_new_run_elsewhere(config: Path, tmp_path: Path) -> None:
+    """Used again with another folder it leaves the first run alone, and starts at step 0."""
+    fit(config)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    again = train.main(
+        ["fit", "-c", str(tmp_path / "run/config.yaml"), f"--trainer.default_root_dir={tmp_path / 'other'}", "--trainer.max_steps=1"]
+    )
+    assert again.trainer.global_step == 1 and (tmp_path / "other" / "checkpoints" / "last.ckpt").is_file()
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_start_that_made_nothing_does_not_take_the_folder(config: Path, tmp_path: Path) -> None:
+    """The corrected command is accepted; another run's checkpoint is not a continuation of this folder."""
+    with pytest.raises(AftError):
+        train.main(["fit", "-c", str(config), *SMALL, "--data.init_args.batch_size=100000"])
+    fit(config)
+    (tmp_path / "foreign.ckpt").write_bytes(b"")
+    with pytest.raises(RunError, match="already holds a run"):
+        fit(config, f"--ckpt_path={tmp_path / 'foreign.ckpt'}")
+
+
+def test_a_checkpoint_chosen_by_what_is_not_measured(config: Path) -> None:
+    """Said before the first step, not after the first epoch."""
+    with pytest.raises(ConfigError, match="needs model.init_args.val_attack"):
+        fit(config, "--model.init_args.val_attack=null")
+    with pytest.raises(ConfigError, match="nothing to validate on"):
+        fit(config, "--data.init_args.holdout=0")
+
+
+def test_two_processes_by_the_command_line(tmp_path: Path) -> None:
+    """``--trainer.devices 2`` starts the script again for the second process: one run folder, one claim, and both end."""
+    command = [sys.executable, "train.py", "fit", "-c", "configs/quickstart.yaml", "--model.init_args.clip.pretrained=random",
+               "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.max_steps=2", "--trainer.val_check_interval=2",
+               "--trainer.limit_val_batches=1", "--data.init_args.batch_size=16", "--data.init_args.holdout=35",
+               f"--trainer.default_root_dir={tmp_path}"]  # fmt: skip
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=train.HERE, capture_output=True, text=True, timeout=280, env={**alone, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file() and len(list(tmp_path.glob("config*.yaml"))) == 1
+    assert done.stdout.count("million parameters learn") == 1
 
 
 def test_nothing_is_written_outside_the_run_folder(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

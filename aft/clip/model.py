@@ -156,8 +156,10 @@ class ZeroShotModel(nn.Module):
     def text_bank(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
         """One unit vector a class: the normalised mean over templates of unit prompt embeddings, ``[K, D]``, detached.
 
-        Kept by a hash of names, templates and text weights, so the text tower runs once a class list.
+        Kept while the text tower is frozen, by a hash of names and templates and the state of its weights: the tower runs once a list.
         """
+        if any(parameter.requires_grad for parameter in self.text_parameters):
+            return self._make_bank(names, templates)
         key = text_hash(names, templates) + self._text_state()
         if key not in self._banks:
             self._banks = {key: self._make_bank(names, templates), **dict(list(self._banks.items())[: BANKS_KEPT - 1])}
@@ -172,7 +174,7 @@ class ZeroShotModel(nn.Module):
 
     def _text_state(self) -> str:
         """Changes whenever a text parameter is written to, moved or replaced; cheaper than a hash of its values."""
-        return "/".join(f"{p.data_ptr()}.{p._version}" for p in self.text_parameters)
+        return "/".join(f"{p.data_ptr()}.{0 if p.is_inference() else p._version}" for p in self.text_parameters)
 
     def logits(self, encoding: Encoding, text_KD: Tensor, logit_scale: Tensor | float | None = None) -> Tensor:
         """``logit_scale * unit(image) @ text.T``: ``[B, K]``, fp32 (or wider) also under autocast.

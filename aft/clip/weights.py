@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -38,12 +38,15 @@ class ModelSpec:
         name: ``miniclip32`` (embedded, 32 px), or any name of ``open_clip.list_models()``.
         pretrained: an open_clip tag (``openai``, ``laion2b_s34b_b79k`` ...), a weights file (.safetensors, .pt, .ckpt), or
             ``random``. None means the embedded weights, for an embedded model.
+        activation: of a weights *file* of an open_clip name whose tags differ in it (OpenAI's weights need ``quick_gelu``);
+            otherwise the name, the tag or the checkpoint says it.
         patch_dropout: share of patches dropped in training mode; 0.5 nearly halves the cost of pre-training.
     """
 
     name: str = "miniclip32"
     pretrained: str | None = None
     patch_dropout: float = 0.0
+    activation: Literal["gelu", "quick_gelu"] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Architecture:
 
 
 def load_model(spec: ModelSpec | str = ModelSpec()) -> ZeroShotModel:
-    """Builds the model that ``spec`` names, in fp32 and eval mode.
+    """Builds the model that ``spec`` names, in fp32 and eval mode, with a frozen text tower.
 
     A checkpoint of ours knows its own architecture, so ``name`` is then taken from it.
 
@@ -72,6 +75,8 @@ def load_model(spec: ModelSpec | str = ModelSpec()) -> ZeroShotModel:
     spec = ModelSpec(spec) if isinstance(spec, str) else spec
     with torch.random.fork_rng(devices=[]):  # building draws initial values; callers' random streams stay where they are
         model = _load(spec)
+    for parameter in [*model.text_parameters, model.clip.get_parameter("logit_scale")]:
+        parameter.requires_grad_(False)
     return model.float().eval()
 
 
@@ -88,7 +93,7 @@ def _load(spec: ModelSpec) -> ZeroShotModel:
     contents = read_file(path)
     if CHECKPOINT_KEY in contents:
         return _from_checkpoint(path, contents, spec)
-    architecture = describe(spec.name, None)
+    architecture = _describe_file(spec)
     clip = build_clip(architecture.config, spec.patch_dropout)
     load_strictly(clip, contents.get("state_dict", contents), str(path))
     return ZeroShotModel(
@@ -133,7 +138,7 @@ def _from_checkpoint(path: Path, contents: Mapping[str, Any], spec: ModelSpec) -
 def checkpoint_header(model: ZeroShotModel, method: str, eps_trained: float | None) -> dict[str, Any]:
     """What a checkpoint of ours carries beside its tensors: plain types, so that it loads with ``weights_only=True``."""
     record = model.record
-    base = record.base_sha256 or (None if record.layout == "random" else record.sha256)
+    base = None if record.layout == "random" else record.sha256
     changed = replace(record, method=method, eps_trained=eps_trained, base_sha256=base)
     return {"schema": CHECKPOINT_SCHEMA, "model": asdict(changed)}
 
@@ -160,6 +165,21 @@ def describe(name: str, tag: str | None) -> Architecture:
         config["quick_gelu"] = bool(preprocess.get("quick_gelu", config.get("quick_gelu", False)))
     mean, std = preprocess.get("mean") or open_clip.OPENAI_DATASET_MEAN, preprocess.get("std") or open_clip.OPENAI_DATASET_STD
     return Architecture(config, tuple(mean), tuple(std))
+
+
+def _describe_file(spec: ModelSpec) -> Architecture:
+    """The configuration for a weights file, which does not say its activation itself."""
+    architecture = describe(spec.name, None)
+    tags = open_clip.list_pretrained_tags_by_model(spec.name)
+    used = {bool(open_clip.get_pretrained_cfg(spec.name, tag).get("quick_gelu")) for tag in tags}
+    if spec.activation is None and len(used) > 1:
+        raise WeightsError(
+            f"weights of {spec.name} exist with gelu and with quick_gelu, and a file does not say which: set activation to quick_gelu "
+            "for OpenAI's weights and what was fine-tuned from them, else to gelu."
+        )
+    if spec.activation is not None:
+        architecture.config["quick_gelu"] = spec.activation == "quick_gelu"
+    return architecture
 
 
 def _describe_folder(name: str) -> Architecture:
@@ -213,7 +233,7 @@ def _weights_file(spec: ModelSpec) -> Path | None:
     else:
         path = Path(spec.pretrained)
         looks_like_a_path = path.suffix in {".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".bin"} or "/" in spec.pretrained
-        if not path.exists() and not looks_like_a_path:
+        if not path.is_file() and not looks_like_a_path:
             return None
     if not path.is_file():
         raise WeightsError(f"no weights file at {path}: check the path, or give an open_clip tag or 'random'.")

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from aft.attacks import Adversarial, Attack, ClassificationObjective, Objective, sample_keys
@@ -19,7 +20,7 @@ from aft.attacks.guards import naming_out_of_memory
 from aft.batch import Batch, ClassData
 from aft.clip import ModelSpec, ZeroShotModel, load_model
 from aft.clip.weights import checkpoint_header
-from aft.errors import ConfigError, DataError
+from aft.errors import ConfigError, DataError, WeightsError
 from aft.methods.optim import OptimizerSpec
 from aft.methods.targets import Targets
 from aft.methods.terms import Term, all_needs, build_terms
@@ -70,7 +71,9 @@ class AdversarialFineTuning(L.LightningModule):
         self.val_attack = val_attack
         self.optimizer_spec = optimizer
         self.terms = build_terms(self.default_terms, terms)
-        self.term_modules = nn.ModuleDict({name: term for name, term in self.terms.items() if isinstance(term, nn.Module)})
+        self.term_modules = nn.ModuleDict(
+            {name.replace(".", "_"): term for name, term in self.terms.items() if isinstance(term, nn.Module)}
+        )
         self.logit_scale = logit_scale
         self.templates = templates
         self.seed = seed
@@ -84,7 +87,7 @@ class AdversarialFineTuning(L.LightningModule):
     def _choose_trainable(self) -> None:
         for parameter in self.model.text_parameters:
             parameter.requires_grad_(self.trains_text)
-        self.model.clip.get_parameter("logit_scale").requires_grad_(self.trains_text)
+        self.model.clip.get_parameter("logit_scale").requires_grad_(self.trains_text and self.logit_scale is None)
 
     # --- data: class lists and text banks -------------------------------------------------------------------------------------
 
@@ -104,6 +107,9 @@ class AdversarialFineTuning(L.LightningModule):
         """Checks class lists and needs, builds the teacher, and prepares a pair of metrics for each validation loader."""
         if "tokens" in self.needs:
             self.model.encode(torch.zeros(1, 3, self.model.record.resolution, self.model.record.resolution), tokens=True)
+        coupled = [name for name, term in self.terms.items() if term.couples_batch]
+        if coupled and self.trainer.accumulate_grad_batches > 1:
+            raise ConfigError(f"{coupled[0]} is defined on the whole batch: accumulate_grad_batches must be 1; raise batch_size instead.")
         if self.needs & TEACHER_NEEDS and not self._teacher:
             self._teacher = (load_model(self.spec).requires_grad_(False),)
         self.val_clean = nn.ModuleList(MeanMetric() for _ in self.data.val_class_lists)
@@ -156,6 +162,7 @@ class AdversarialFineTuning(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Targets, attack, views, and the weighted sum of the terms."""
+        self._images_BCHW = batch.images
         with naming_out_of_memory(f"a training step with {getattr(self.attack, 'steps', 0)} attack steps", batch.images):
             targets = self.targets(batch)
             views = self.views(targets)
@@ -166,6 +173,11 @@ class AdversarialFineTuning(L.LightningModule):
             total = torch.stack([self.terms[name].weight_at(self.global_step) * loss for name, loss in losses.items()]).sum()
         self._log_step(targets, views, adversarial, losses, total)
         return total
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The backward pass; a lack of memory is named here too."""
+        with naming_out_of_memory(f"the backward pass after {getattr(self.attack, 'steps', 0)} attack steps", self._images_BCHW):
+            super().backward(loss, *args, **kwargs)
 
     def _log_step(
         self, targets: Targets, views: Views, adversarial: Adversarial | None, losses: Mapping[str, Tensor], total: Tensor
@@ -242,6 +254,13 @@ class AdversarialFineTuning(L.LightningModule):
                 if name != "visual":
                     module.eval()
 
+    def on_train_start(self) -> None:
+        """After a resume the settings of this start hold, not those that came with the optimiser's state from the checkpoint."""
+        self.optimizer_spec.check_length(float(self.trainer.estimated_stepping_batches))
+        optimizer, schedule = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        assert isinstance(schedule, LambdaLR)
+        self.optimizer_spec.impose(optimizer, schedule, self.parameters())
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the norm of the whole gradient, before any clipping."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
@@ -257,9 +276,13 @@ class AdversarialFineTuning(L.LightningModule):
         """Refuses to go on training with other classes than the checkpoint's: labels would silently mean something else.
 
         Raises:
+            WeightsError: the checkpoint belongs to another model.
             DataError: the class lists differ, in names or in order.
         """
-        stored = checkpoint.get("aft", {}).get("classes")
+        header = checkpoint.get("aft", {})
+        if self.trainer.state.fn == "fit" and "model" in header:
+            refuse_another_model(header["model"], checkpoint_header(self.model, self.method, None)["model"])
+        stored = header.get("classes")
         if stored is None or self.trainer.state.fn != "fit" or tuple(stored) == tuple(self.data.class_lists["train"]):
             return
         here = self.data.class_lists["train"]
@@ -279,3 +302,11 @@ def need_attack(attack: Attack | None, method: str) -> Attack:
     if attack is None:
         raise ConfigError(f"{method} trains on adversarial images: set model.init_args.attack, such as aft.attacks.PGD.")
     return attack
+
+
+def refuse_another_model(stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises WeightsError where a checkpoint was trained from another model than this run's."""
+    for key in ("config", "activation", "mean", "std", "base_sha256"):
+        before, now = stored[key], here[key]
+        if before != (list(now) if isinstance(before, list) else now):
+            raise WeightsError(f"the checkpoint has {key} = {before}, this run has {now}: go on with the clip that it was trained from.")

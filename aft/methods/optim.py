@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from aft.errors import ConfigError
+from aft.errors import ConfigError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class OptimizerSpec:
         momentum: of SGD.
         betas: of AdamW.
         warmup_steps: optimiser steps of linear warm-up from ``lr / warmup_steps``.
-        schedule: ``cosine`` to zero at the last step, or ``constant``.
+        schedule: ``cosine``, which reaches zero after the last step, or ``constant``.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -37,6 +38,11 @@ class OptimizerSpec:
     schedule: Literal["cosine", "constant"] = "cosine"
 
     def __post_init__(self) -> None:
+        for key, given, allowed in (("name", self.name, ("adamw", "sgd")), ("schedule", self.schedule, ("cosine", "constant"))):
+            if given not in allowed:
+                raise ConfigError(unknown_name(f"optimizer {key}", given, allowed))
+        if not self.weight_decay >= 0:
+            raise ConfigError(f"weight_decay = {self.weight_decay} is negative: use 0 for none.")
         if not self.lr > 0:
             raise ConfigError(f"lr = {self.lr} is not above 0: the model would not learn.")
         if self.warmup_steps < 0:
@@ -70,10 +76,28 @@ class OptimizerSpec:
             return (step + 1) / self.warmup_steps
         if self.schedule == "constant":
             return 1.0
-        if step == 0:
+        if step == 0:  # asked when the schedule is built, before the length is known
             return 1.0
         total = total_steps()
-        if math.isinf(total):
-            raise ConfigError("a cosine schedule needs an end: set trainer.max_steps, or trainer.max_epochs with data of known length.")
         done = (step - self.warmup_steps) / max(1.0, total - self.warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    def check_length(self, total: float) -> None:
+        """Looks at a run's number of optimiser steps before the first.
+
+        Raises:
+            ConfigError: a cosine without an end.
+        """
+        if self.schedule == "cosine" and math.isinf(total):
+            raise ConfigError("a cosine schedule needs an end: set trainer.max_steps, or trainer.max_epochs with data of known length.")
+        if self.warmup_steps >= total:
+            warnings.warn(
+                f"warmup_steps = {self.warmup_steps} is not below the run's {total:.0f} steps: lr never reaches {self.lr}.", stacklevel=2
+            )
+
+    def impose(self, optimizer: torch.optim.Optimizer, schedule: LambdaLR, parameters: Iterable[nn.Parameter]) -> None:
+        """Writes these settings over those that a checkpoint brought along; moments and step counts stay."""
+        schedule.base_lrs = [self.lr for _ in schedule.base_lrs]
+        for group, new, factor in zip(optimizer.param_groups, self.build(parameters).param_groups, schedule.lr_lambdas, strict=True):
+            settings = {key: value for key, value in new.items() if key != "params"}
+            group.update(settings, initial_lr=self.lr, lr=self.lr * factor(schedule.last_epoch))

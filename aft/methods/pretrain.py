@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aft.batch import Batch
 from aft.clip.prompts import CAPTION_TEMPLATES
-from aft.errors import DataError
+from aft.errors import ConfigError, DataError
 from aft.methods.base import AdversarialFineTuning
 from aft.methods.targets import Targets
 from aft.methods.terms import CaptionContrast, Term, truth_of_captions
@@ -61,6 +61,7 @@ class ContrastivePretraining(AdversarialFineTuning):
             batch, student=self.model, text={}, teacher=self.teacher, logit_scale=self.logit_scale, tokens="tokens" in self.needs
         )
         if batch.captions is not None:
+            self._one_process("image-text pairs")
             targets.caption_truth_BM = truth_of_captions(batch.captions, batch.images.device)
             return targets
         texts, truth_MK = self._draw_captions(self._check_labels(batch))
@@ -68,13 +69,20 @@ class ContrastivePretraining(AdversarialFineTuning):
         targets.caption_truth_BM = truth_MK.T[targets.labels]
         return targets
 
+    def _one_process(self, what: str) -> None:
+        if self.trainer.world_size > 1:
+            raise ConfigError(
+                f"{what} on several processes are not there yet (captions are not gathered): use one process, or captions_per: class."
+            )
+
     def _draw_captions(self, labels_B: Tensor) -> tuple[list[str], Tensor]:
         """One caption a class or an image, and for which classes each is true (``bool [M, K]``)."""
         phrases = self.data.class_phrases
         if not phrases:
             raise DataError("the data set has no phrases to make captions of: give class names, or data with captions.")
-        rank = self.global_rank if self.captions_per == "image" else 0
-        draw = random.Random(f"{self.seed}/{self.global_step}/{rank}")
+        if self.captions_per == "image":
+            self._one_process("captions_per: image")
+        draw = random.Random(f"{self.seed}/{self.global_step}")
         classes = range(len(phrases)) if self.captions_per == "class" else [int(y) for y in labels_B]
         chosen = [phrases[c][0] if draw.random() < self.name_share else draw.choice(phrases[c]) for c in classes]
         texts = [draw.choice(self.caption_templates).replace("{}", phrase) for phrase in chosen]
@@ -87,7 +95,10 @@ class ContrastivePretraining(AdversarialFineTuning):
         captions = targets.caption_texts
         if captions is None:
             raise DataError("this batch has neither labels nor captions.")
-        text: dict[str, Callable[[], Tensor]] = {"captions": lambda: self.model.encode_text(captions)}
+        text: dict[str, Callable[[], Tensor]] = {
+            "captions": lambda: self.model.encode_text(captions),
+            "class": lambda: self.class_bank("train"),
+        }
         return Views(self.model, text=text, logit_scale=self.logit_scale, tokens="tokens" in self.needs)
 
     def perturb(self, targets: Targets):  # type: ignore[no-untyped-def]

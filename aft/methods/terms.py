@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -37,7 +39,7 @@ class Ramp:
 Weight = float | Ramp
 
 
-@dataclass
+@dataclass(eq=False)
 class Term:
     """One summand of a method's loss.
 
@@ -51,7 +53,15 @@ class Term:
 
     def __post_init__(self) -> None:
         if isinstance(self.weight, Mapping):
+            known = [field.name for field in dataclasses.fields(Ramp)]
+            if set(self.weight) != set(known):
+                raise ConfigError(f"weight = {self.weight}: a ramp has exactly the keys {', '.join(known)}.")
             self.weight = Ramp(**self.weight)
+        numbers = (self.weight.start, self.weight.end, self.weight.steps) if isinstance(self.weight, Ramp) else (self.weight,)
+        if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
+            raise ConfigError(f"weight = {self.weight} is not a finite number: write a number, or a ramp with start, end and steps.")
+        if not self.needs <= NEEDS:
+            raise ConfigError(unknown_name(f"need of {type(self).__name__}", min(self.needs - NEEDS), NEEDS))
 
     def weight_at(self, step: int) -> float:
         """The factor at an optimiser step."""
@@ -62,7 +72,7 @@ class Term:
         raise NotImplementedError
 
 
-@dataclass
+@dataclass(eq=False)
 class Alignment(Term):
     """Cross-entropy of the adversarial image to its class text (TeCoA, arXiv 2212.07016)."""
 
@@ -74,7 +84,7 @@ class Alignment(Term):
         return alignment(views.logits(views.adversarial, self.bank), targets.labels)
 
 
-@dataclass
+@dataclass(eq=False)
 class CaptionContrast(Term):
     """InfoNCE between images and captions, both ways, over the global batch (CLIP, arXiv 2103.00020)."""
 
@@ -130,11 +140,15 @@ def build_terms(defaults: Mapping[str, Term], overrides: Mapping[str, Mapping[st
     Raises:
         ConfigError: an unknown term or setting, or no term left.
     """
-    terms = dict(defaults)
+    terms = copy.deepcopy(dict(defaults))
     for name, settings in (overrides or {}).items():
         if settings is None:
-            terms.pop(name, None)
+            if name not in terms:
+                raise ConfigError(unknown_name("term to take out", name, terms))
+            del terms[name]
             continue
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"terms.{name} = {settings!r}: give settings such as {{weight: 0.5}}, or null to take the term out.")
         kind = type(terms[name]) if name in terms else find_term(name)
         known = [f.name for f in dataclasses.fields(kind)]
         for key in settings:

@@ -11,7 +11,7 @@ from functools import cached_property
 from torch import Tensor
 
 from aft.clip import Encoding, ZeroShotModel
-from aft.errors import ConfigError
+from aft.errors import ConfigError, unknown_name
 
 
 class Views:
@@ -62,6 +62,8 @@ class Views:
     def text(self, bank: str) -> Tensor:
         """A text bank, ``[K, D]``, with gradient where the text tower learns."""
         self._opened()
+        if bank not in self._text:
+            raise ConfigError(unknown_name("text bank of this method", bank, self._text))
         if bank not in self._banks:
             self._banks[bank] = self._text[bank]()
         return self._banks[bank]

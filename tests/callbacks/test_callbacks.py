@@ -25,7 +25,7 @@ def run(tiny: ModelSpec, data: MemoryData, tmp_path: Path, capsys: pytest.Captur
     saver = ModelCheckpoint(tmp_path / "checkpoints", monitor="val/robust_accuracy", mode="max", save_last=True)
     trainer = make_trainer(
         tmp_path, max_steps=4, log_every_n_steps=2, val_check_interval=2, limit_val_batches=1, enable_checkpointing=True,
-        callbacks=[PlainProgress(), Throughput(), ImageLog(every_n_steps=2), Farewell(), saver],
+        callbacks=[PlainProgress(), Throughput(), ImageLog(every_n_steps=2, images=5), Farewell(), saver],
         logger=TensorBoardLogger(str(tmp_path), name="", version="tb", default_hp_metric=False),
     )  # fmt: skip
     trainer.fit(method, datamodule=data)
@@ -40,8 +40,8 @@ def test_lines_when_not_a_terminal(run: tuple[str, EventAccumulator]) -> None:
     assert any(line.startswith("step 2/4") and "alignment" in line and "adversarial_accuracy" in line for line in lines)
     assert any(line.startswith("validation at step 2") and "clean_accuracy" in line and "robust_accuracy" in line for line in lines)
     assert "\x1b" not in run[0] and "\r" not in run[0]
-    assert lines[-2].startswith("checkpoint: ") and Path(lines[-2].split()[1]).is_file()
-    assert lines[-1].startswith("evaluate:   python eval.py") and lines[-2].split()[1] in lines[-1]
+    assert lines[-3].startswith("checkpoint: ") and Path(lines[-3].split()[1]).is_file()
+    assert lines[-1].strip().startswith("python eval.py") and lines[-3].split()[1] in lines[-1]
 
 
 def test_stable_names_and_pictures_in_tensorboard(run: tuple[str, EventAccumulator]) -> None:
@@ -52,7 +52,20 @@ def test_stable_names_and_pictures_in_tensorboard(run: tuple[str, EventAccumulat
     assert wanted <= set(tags["scalars"]) and tags["images"] == ["attack/clean_adversarial_difference"]
     assert 0 <= run[1].Scalars("speed/data_wait")[-1].value < 1
     picture = run[1].Images("attack/clean_adversarial_difference")[0]
-    assert (picture.height, picture.width) == (3 * (3 * 32 + 4), 8 * (3 * 32 + 4))
+    assert (picture.height, picture.width) == (3 * (3 * 32 + 4), 5 * (3 * 32 + 4))
+
+
+def test_one_picture_a_step_with_accumulation(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """Micro-batches of one optimiser step are one step; the student is in training mode again after the picture."""
+    method, pictures, modes = TeCoA(tiny, attack=PGD(eps="8/255", step_size="4/255", steps=1)), [], []
+    log = ImageLog(every_n_steps=1)
+    log.table = lambda *arguments: pictures.append(1) or ImageLog.table(*arguments)  # type: ignore[method-assign,func-returns-value]
+    method.on_train_batch_start = lambda batch, batch_idx: modes.append(method.model.visual.training)  # type: ignore[method-assign]
+    logger = TensorBoardLogger(str(tmp_path), name="", version="tb")
+    data.batch_size = 6
+    settings = {"max_steps": 2, "accumulate_grad_batches": 2, "limit_val_batches": 0, "callbacks": [log], "logger": logger}
+    make_trainer(tmp_path, **settings).fit(method, datamodule=data)
+    assert len(pictures) == 3 and all(modes)  # at steps 0, 1 and 2
 
 
 def test_the_difference_is_amplified_and_grey_means_none() -> None:

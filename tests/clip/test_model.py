@@ -75,6 +75,8 @@ def test_a_tower_without_tokens_says_so() -> None:
 
 def test_the_text_tower_runs_once_a_class_list(model: ZeroShotModel) -> None:
     """A bank is kept by names, templates and text weights, and made anew when any of them changes."""
+    for parameter in model.text_parameters:
+        parameter.requires_grad_(False)
     calls = Calls(model.clip.transformer)
     first = model.text_bank(NAMES, TEMPLATES)
     assert model.text_bank(NAMES, TEMPLATES) is first and calls.count == 1
@@ -98,3 +100,12 @@ def test_a_foreign_bank_is_refused(model: ZeroShotModel) -> None:
     """A bank of another width names both widths."""
     with pytest.raises(ConfigError, match="width 8 against image embeddings of width 16"):
         model.logits(Encoding(torch.rand(2, 16)), torch.rand(3, 8))
+
+
+def test_a_text_tower_that_learns_keeps_no_bank(model: ZeroShotModel) -> None:
+    """Writes that torch does not count (fused optimisers, ``.data``) cannot leave a stale bank behind."""
+    for parameter in model.text_parameters:
+        parameter.requires_grad_(True)
+    first = model.text_bank(NAMES, TEMPLATES)
+    model.clip.text_projection.data.add_(0.1)
+    assert not torch.equal(model.text_bank(NAMES, TEMPLATES), first)

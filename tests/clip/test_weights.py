@@ -129,3 +129,19 @@ def test_unknown_names_list_near_matches(spec: ModelSpec, words: str) -> None:
     """Names, tags and paths that do not exist."""
     with pytest.raises(WeightsError, match=words):
         load_model(spec)
+
+
+def test_a_file_does_not_say_its_activation(tmp_path: Path) -> None:
+    """OpenAI's weights as a file under ``ViT-B-32`` would run on the wrong activation without a word: it must be said."""
+    torch.save({}, tmp_path / "x.pt")
+    with pytest.raises(WeightsError, match="set activation to quick_gelu"):
+        load_model(ModelSpec("ViT-B-32", str(tmp_path / "x.pt")))
+    assert weights._describe_file(ModelSpec("ViT-B-32", activation="quick_gelu")).activation == "quick_gelu"
+    assert weights._describe_file(ModelSpec("ViT-B-32-quickgelu")).activation == "quick_gelu"
+
+
+def test_a_folder_does_not_hide_a_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory called ``openai`` is no weights file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "openai").mkdir()
+    assert weights._weights_file(ModelSpec("ViT-B-32", "openai")) is None

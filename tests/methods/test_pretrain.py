@@ -88,7 +88,7 @@ def test_neither_labels_nor_captions(data: MemoryData, tmp_path: Path) -> None:
 def test_a_schedule_without_an_end_is_refused(data: MemoryData, tmp_path: Path) -> None:
     """A cosine to nowhere."""
     with pytest.raises(ConfigError, match="needs an end"):
-        OptimizerSpec().factor(1, lambda: math.inf)
+        OptimizerSpec().check_length(math.inf)
 
 
 def _global_loss(rank: int, world: int, folder: str) -> None:
