@@ -56,6 +56,7 @@ class Evaluate:
         seed: of the attacks' noise.
         out: folder for cards, parts, table.csv and accuracy.png.
         device: auto takes a GPU where there is one.
+        threads: CPU threads of torch; null: its own choice. Where other programs use the same cores, 1 is several times faster.
         rank: of this process among those that share the work; null: the environment's RANK, or 0.
         world: how many processes share the work; null: the environment's WORLD_SIZE, or 1.
         keep_images: keep the adversarial images under OUT/parts.
@@ -76,6 +77,7 @@ class Evaluate:
     seed: int = 0
     out: Path = Path("runs/eval")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
     rank: int | None = None
     world: int | None = None
     keep_images: bool = False
@@ -83,6 +85,7 @@ class Evaluate:
     def run(self, command: str, effective: str) -> list[Labelled]:
         """Measures what is missing, then shows, writes and returns the cards."""
         place, device = self.place(), torch_device(self.device)
+        use_threads(self.threads)
         work = [(subset, protocol) for subset in self.subsets() for protocol in self.plans(len(subset.class_names))]
         cards: list[Labelled] = []
         for label, model in self.loaded():
@@ -194,6 +197,18 @@ def torch_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise RunError("device = cuda, but torch sees no CUDA device: use cpu or auto, or install a CUDA build of torch.")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def use_threads(count: int | None) -> None:
+    """Sets torch's CPU threads, unless it is to choose for itself.
+
+    Raises:
+        ConfigError: fewer than one.
+    """
+    if count is not None and count < 1:
+        raise ConfigError(f"threads = {count}: give 1 or more, or null for torch's own choice.")
+    if count is not None:
+        torch.set_num_threads(count)
 
 
 def now_and_then(say: Callable[[str], None]) -> Callable[[str], None]:

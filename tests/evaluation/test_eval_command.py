@@ -73,6 +73,7 @@ MISTAKES = {
     "--stepz 3": "did you mean 'steps'",
     "--data.bach_size 3": "did you mean 'batch_size'",
     "--rank 2 --world 2": "ranks are 0",
+    "--threads 0": "threads = 0",
     "--batch_size 0": "batch_size = 0",
 }
 
@@ -92,6 +93,19 @@ def test_cuda_is_refused_where_there_is_none(tmp_path, monkeypatch):
     with pytest.raises(AftError, match="torch sees no CUDA device"):
         run(tmp_path, "--device", "cuda")
     assert command.torch_device("auto").type == "cpu"
+
+
+def test_threads_are_set_on_request(tmp_path):
+    """And left to torch otherwise."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        command.use_threads(None)
+        assert torch.get_num_threads() == 2
+        run(tmp_path, "--threads", "1", "--protocols", "[clean]")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("error, status, words", [
