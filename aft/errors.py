@@ -44,6 +44,7 @@ def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> str:
         "unknown term 'alignmnt': did you mean 'alignment'? Known: alignment, smoothness."
     """
     names = sorted(allowed)
-    near = get_close_matches(given, names, n=3, cutoff=0.5)
+    lower = {name.lower(): name for name in names}
+    near = [lower[match] for match in get_close_matches(given.lower(), lower, n=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
     return f"unknown {kind} {given!r}: {hint}Known: {', '.join(names)}."

@@ -107,7 +107,7 @@ def test_an_empty_folder_is_named(config: Path, tmp_path: Path) -> None:
     """A folder without images."""
     (tmp_path / "empty").mkdir()
     settings = yaml.safe_load(config.read_text())
-    settings["data"] = {"class_path": "datamodules.ImageFolder", "init_args": {"train": str(tmp_path / "empty")}}
+    settings["data"] = {"class_path": "datamodules.ImageFolder", "init_args": {"train": str(tmp_path / "empty"), "holdout": 10}}
     config.write_text(yaml.safe_dump(settings))
     with pytest.raises(DataError, match="empty"):
         fit(config)

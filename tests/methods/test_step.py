@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -348,10 +349,12 @@ def test_interrupted_is_uninterrupted(tiny: ModelSpec, tmp_path: Path) -> None:
         for stop in stops:
             method = tecoa(tiny, optimizer=OptimizerSpec(lr=1e-3, schedule="constant"))
             data = Sample(batch_size=16, holdout=0, train_classes=["cat", "dog", "ship"], augment="crop_flip")
-            trainer = make_trainer(tmp_path / folder, max_steps=stop, limit_val_batches=0, enable_checkpointing=True)
+            saver = ModelCheckpoint(
+                tmp_path / folder, filename=str(stop), every_n_train_steps=stop
+            )  # in the epoch, as a killed run leaves it
+            trainer = make_trainer(tmp_path / folder, max_steps=stop, limit_val_batches=0, enable_checkpointing=True, callbacks=[saver])
             trainer.fit(method, datamodule=data, ckpt_path=checkpoint)
             checkpoint = str(tmp_path / folder / f"{stop}.ckpt")
-            trainer.save_checkpoint(checkpoint)
         return {name: value.clone() for name, value in method.model.state_dict().items()}
 
     whole, parts = run("whole", [4]), run("parts", [1, 3, 4])
