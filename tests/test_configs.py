@@ -15,6 +15,7 @@ CONFIGS = train.HERE / "configs"
 METHODS = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("methods/*.yaml")])
 TRAINERS = sorted(CONFIGS.glob("trainer/*.yaml"))
 ONE_STEP = ["--trainer.max_steps=1", "--trainer.max_epochs=-1", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=1",
+            "--trainer.check_val_every_n_epoch=1",
             "--trainer.accelerator=cpu", "--trainer.devices=1"]  # fmt: skip
 
 

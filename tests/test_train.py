@@ -17,7 +17,7 @@ from aft.errors import AftError, ConfigError, DataError, RunError
 from aft.settings import dropped_settings, new_differences
 
 SMALL = ["--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--data.init_args.batch_size=16",
-         "--trainer.log_every_n_steps=1", "--trainer.val_check_interval=1"]  # fmt: skip
+         "--trainer.log_every_n_steps=1", "--trainer.val_check_interval=1", "--trainer.check_val_every_n_epoch=1"]  # fmt: skip
 
 
 @pytest.fixture
@@ -161,6 +161,7 @@ def test_two_processes_by_the_command_line(tmp_path: Path) -> None:
     """``--trainer.devices 2`` starts the script again for the second process: one run folder, one claim, and both end."""
     command = [sys.executable, "train.py", "fit", "-c", "configs/quickstart.yaml", "--model.init_args.clip.pretrained=random",
                "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.max_steps=2", "--trainer.val_check_interval=2",
+               "--trainer.check_val_every_n_epoch=1",
                "--trainer.limit_val_batches=1", "--data.init_args.batch_size=16", "--data.init_args.holdout=35",
                f"--trainer.default_root_dir={tmp_path}"]  # fmt: skip
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
