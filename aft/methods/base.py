@@ -242,7 +242,7 @@ class AdversarialFineTuning(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser and a schedule that counts optimiser steps."""
-        optimizer = self.optimizer_spec.build(self.parameters())
+        optimizer = self.optimizer_spec.build(self.named_parameters())
         schedule = self.optimizer_spec.schedule_of(optimizer, lambda: float(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -259,7 +259,7 @@ class AdversarialFineTuning(L.LightningModule):
         self.optimizer_spec.check_length(float(self.trainer.estimated_stepping_batches))
         optimizer, schedule = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
         assert isinstance(schedule, LambdaLR)
-        self.optimizer_spec.impose(optimizer, schedule, self.parameters())
+        self.optimizer_spec.impose(optimizer, schedule, self.named_parameters())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the norm of the whole gradient, before any clipping."""

@@ -6,9 +6,10 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from timm.optim.muon import Muon
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -20,16 +21,17 @@ class OptimizerSpec:
     """How weights move.
 
     Args:
-        name: ``adamw``, or ``sgd`` as in most published recipes.
+        name: ``adamw``, ``sgd`` as in most published recipes, or ``muon`` (orthogonalised momentum for the matrices inside
+            transformer blocks, AdamW for the rest; its steps are scaled to AdamW's size, so ``lr`` means the same).
         lr: peak learning rate.
         weight_decay: on matrices only; norms, biases and the logit scale are never decayed.
-        momentum: of SGD.
+        momentum: of SGD; Muon's is 0.95.
         betas: of AdamW.
         warmup_steps: optimiser steps of linear warm-up from ``lr / warmup_steps``.
         schedule: ``cosine``, which reaches zero after the last step, or ``constant``.
     """
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
     lr: float = 1e-5
     weight_decay: float = 1e-4
     momentum: float = 0.9
@@ -38,7 +40,7 @@ class OptimizerSpec:
     schedule: Literal["cosine", "constant"] = "cosine"
 
     def __post_init__(self) -> None:
-        for key, given, allowed in (("name", self.name, ("adamw", "sgd")), ("schedule", self.schedule, ("cosine", "constant"))):
+        for key, given, allowed in (("name", self.name, ("adamw", "sgd", "muon")), ("schedule", self.schedule, ("cosine", "constant"))):
             if given not in allowed:
                 raise ConfigError(unknown_name(f"optimizer {key}", given, allowed))
         if not self.weight_decay >= 0:
@@ -48,22 +50,29 @@ class OptimizerSpec:
         if self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps = {self.warmup_steps} is negative: use 0 for none.")
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """The optimiser over these parameters.
 
         Raises:
             ConfigError: there is nothing to train.
         """
-        trained = [p for p in parameters if p.requires_grad]
+        trained = [(name, p) for name, p in named_parameters if p.requires_grad]
         if not trained:
             raise ConfigError("no parameter is trainable: choose what to train.")
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        hidden = [p for name, p in trained if self.name == "muon" and p.ndim == 2 and "blocks." in name]
+        held = {id(p) for p in hidden}
+        groups: list[dict[str, Any]] = [
+            {"params": hidden, "weight_decay": self.weight_decay},
+            {"params": [p for _, p in trained if p.ndim >= 2 and id(p) not in held], "weight_decay": self.weight_decay},
+            {"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
+        if self.name == "muon":
+            groups = [{**group, "use_muon": group["params"] is hidden} for group in groups]
         groups = [group for group in groups if group["params"]]
         if self.name == "sgd":
             return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
+        if self.name == "muon":
+            return Muon(groups, lr=self.lr, betas=self.betas, momentum=0.95, nesterov=True)
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
 
     def schedule_of(self, optimizer: torch.optim.Optimizer, total_steps: Callable[[], float]) -> LambdaLR:
@@ -95,9 +104,9 @@ class OptimizerSpec:
                 f"warmup_steps = {self.warmup_steps} is not below the run's {total:.0f} steps: lr never reaches {self.lr}.", stacklevel=2
             )
 
-    def impose(self, optimizer: torch.optim.Optimizer, schedule: LambdaLR, parameters: Iterable[nn.Parameter]) -> None:
+    def impose(self, optimizer: torch.optim.Optimizer, schedule: LambdaLR, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         """Writes these settings over those that a checkpoint brought along; moments and step counts stay."""
         schedule.base_lrs = [self.lr for _ in schedule.base_lrs]
-        for group, new, factor in zip(optimizer.param_groups, self.build(parameters).param_groups, schedule.lr_lambdas, strict=True):
+        for group, new, factor in zip(optimizer.param_groups, self.build(named_parameters).param_groups, schedule.lr_lambdas, strict=True):
             settings = {key: value for key, value in new.items() if key != "params"}
             group.update(settings, initial_lr=self.lr, lr=self.lr * factor(schedule.last_epoch))

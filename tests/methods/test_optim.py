@@ -1,0 +1,50 @@
+"""The optimisers: which parameters each moves, and how."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from aft.clip import ZeroShotModel
+from aft.methods import OptimizerSpec
+
+
+def one_step(model: ZeroShotModel, spec: OptimizerSpec) -> dict[str, torch.Tensor]:
+    """What one step adds to each parameter of the image tower, in units of the rate."""
+    torch.manual_seed(0)
+    named = list(model.visual.named_parameters())
+    before = {name: p.detach().clone() for name, p in named}
+    optimizer = spec.build(named)
+    for _, p in named:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    return {name: (p.detach() - before[name]) / spec.lr for name, p in named}
+
+
+def test_muon_moves_matrices_in_all_directions_alike(model: ZeroShotModel) -> None:
+    """Nearly all singular values of an update inside a block are alike, with the root mean square of an AdamW step, 0.2."""
+    for name, update in one_step(model, OptimizerSpec(name="muon", lr=1e-3, weight_decay=0.0)).items():
+        if update.ndim == 2 and "blocks." in name:
+            values = torch.linalg.svdvals(update) / (0.2 * max(update.shape) ** 0.5)
+            assert 0.5 < values.quantile(0.1) and values.max() < 1.5, name
+
+
+def test_muon_leaves_embeddings_projection_and_vectors_to_adamw(model: ZeroShotModel) -> None:
+    """Their first step is one rate an element, up or down (Nesterov's correction aside)."""
+    outside = {
+        name: update
+        for name, update in one_step(model, OptimizerSpec(name="muon", lr=1e-3, weight_decay=0.0)).items()
+        if update.ndim != 2 or "blocks." not in name
+    }
+    assert {"proj", "conv1.weight", "positional_embedding", "ln_pre.weight"} <= set(outside)
+    for name, update in outside.items():
+        assert update.abs().std() < 1e-2 * update.abs().mean(), name
+
+
+def test_decay_is_of_matrices_alone(model: ZeroShotModel) -> None:
+    """Whatever the optimiser."""
+    for name in ("adamw", "sgd", "muon"):
+        optimizer = OptimizerSpec(name=name, lr=1e-3, weight_decay=0.1).build(model.visual.named_parameters())  # type: ignore[arg-type]
+        decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        assert len(decays) == len(list(model.visual.parameters()))
+        assert all((decay > 0) == (p.ndim >= 2) for p, decay in decays.items() if isinstance(p, nn.Parameter))
