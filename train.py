@@ -23,6 +23,7 @@ from aft.clip import ModelSpec
 from aft.errors import AftError, ConfigError, RunError
 from aft.methods import AdversarialFineTuning, OptimizerSpec
 from aft.settings import dropped_settings, explain, flat, new_differences, underlying
+from callbacks import TerminalProgress
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "configs" / "base.yaml"
@@ -108,6 +109,7 @@ class Main(LightningCLI):
         if str(settings.trainer.devices) not in ("1", "auto") and settings.trainer.strategy in ("auto", "ddp"):
             settings.trainer.strategy = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": DDP}
         settings.trainer.enable_progress_bar = sys.stdout.isatty() and settings.trainer.enable_progress_bar is not False
+        self.trainer_defaults = {"callbacks": [TerminalProgress()]} if settings.trainer.enable_progress_bar else {}
 
     def instantiate_classes(self) -> None:
         """Builds everything; an error of ours comes out as it is, not inside the parser's."""

@@ -1,8 +1,21 @@
-"""Lightning callbacks: what a person sees while a run goes on."""
+"""Lightning callbacks and plugins: what a person sees while a run goes on, and what keeps a run safe."""
 
+from callbacks.average import AveragedWeights
+from callbacks.checkpoint_io import AtomicCheckpointIO
 from callbacks.farewell import Farewell
 from callbacks.image_log import ImageLog
-from callbacks.progress import PlainProgress
+from callbacks.interruption import Interruption, Stopped
+from callbacks.progress import PlainProgress, TerminalProgress
 from callbacks.throughput import Throughput
 
-__all__ = ["Farewell", "ImageLog", "PlainProgress", "Throughput"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "AveragedWeights",
+    "Farewell",
+    "ImageLog",
+    "Interruption",
+    "PlainProgress",
+    "Stopped",
+    "TerminalProgress",
+    "Throughput",
+]

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class Farewell(L.Callback):
-    """Says where the checkpoint is and which command evaluates it; after a stop, how to go on."""
+    """Says where the checkpoint is and which command evaluates it."""
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the last step."""
@@ -21,11 +21,3 @@ class Farewell(L.Callback):
         print(f"checkpoint: {path}{score}", flush=True)
         print("evaluate on the embedded sample (other data: add -c configs/data/NAME.yaml):")
         print(f"  python eval.py -c configs/eval/apgd.yaml --weights {shlex.quote(path)}", flush=True)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """After Ctrl-C: how to go on."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
-            print(
-                f"stopped at step {trainer.global_step}: the same command with --ckpt_path last goes on from the last checkpoint",
-                flush=True,
-            )

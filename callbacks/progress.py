@@ -1,12 +1,14 @@
-"""Progress as lines of text, for log files and pipes."""
+"""Progress: a bar in a terminal, lines of text in log files and pipes."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
 
 
 class PlainProgress(L.Callback):
@@ -57,3 +59,17 @@ def _short(name: str, value: float) -> str:
     if name.endswith("accuracy") or "accuracy/" in name:
         return f"{100 * value:.1f}%"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+class TerminalProgress(RichProgressBar):
+    """Lightning's bar, which counts passes from 1 and knows their number also where a run is given in steps."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        steps, batches = self.trainer.estimated_stepping_batches, float(self.trainer.num_training_batches)
+        passes = steps * self.trainer.accumulate_grad_batches / batches
+        return f"Pass {current_epoch + 1}" + (f"/{math.ceil(passes)}" if math.isfinite(passes) else "")
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """The figures without their groups (``loss``, ``adversarial_accuracy``), and without the logger's version."""
+        shown = super().get_metrics(trainer, pl_module)
+        return {name.rpartition("/")[2] if name.startswith("train/") else name: value for name, value in shown.items() if name != "v_num"}

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from aft.attacks import PGD
 from aft.clip import ModelSpec
 from aft.methods import TeCoA
-from callbacks import Farewell, ImageLog, PlainProgress, Throughput
+from callbacks import Farewell, ImageLog, PlainProgress, TerminalProgress, Throughput
 from tests.conftest import MemoryData, make_trainer
 
 
@@ -76,3 +76,14 @@ def test_the_difference_is_amplified_and_grey_means_none() -> None:
     picture = ImageLog(enlarge=1).picture(clean, changed)
     difference = picture[:, 2 * 8 + 2 : 2 * 8 + 6, 2:6]
     assert float(difference[0, 0, 0]) == pytest.approx(1.0) and (difference[1:] == 0.5).all()
+
+
+def test_the_terminal_s_bar_counts_passes(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """From 1, with their number also where the run is given in steps (Lightning says 0/-2); figures have short names."""
+    bar, seen = TerminalProgress(), []
+    method = TeCoA(tiny, attack=PGD(eps="8/255", step_size="4/255", steps=1))
+    method.on_train_batch_start = lambda batch, batch_idx: seen.append(bar._get_train_description(method.current_epoch))  # type: ignore[method-assign]
+    trainer = make_trainer(tmp_path, max_steps=4, limit_val_batches=0, enable_progress_bar=True, callbacks=[bar])
+    trainer.fit(method, datamodule=data)
+    assert seen == ["Pass 1/2"] * 3 + ["Pass 2/2"]
+    assert {"loss", "adversarial_accuracy"} <= set(bar.get_metrics(trainer, method)) and "v_num" not in bar.get_metrics(trainer, method)

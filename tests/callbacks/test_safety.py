@@ -1,0 +1,225 @@
+"""What keeps a run safe: stops at step ends, atomic checkpoints, an average that disturbs nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from aft.attacks import PGD
+from aft.clip import ModelSpec, load_model
+from aft.errors import ConfigError, RunError
+from aft.methods import OptimizerSpec, TeCoA
+from callbacks import AtomicCheckpointIO, AveragedWeights, Interruption, Stopped, checkpoint_io
+from callbacks.average import trained
+from datamodules import Sample
+from tests.conftest import MemoryData, make_trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tecoa(tiny: ModelSpec) -> TeCoA:
+    """TeCoA with a one-step attack."""
+    return TeCoA(tiny, attack=PGD(eps="8/255", step_size="4/255", steps=1), optimizer=OptimizerSpec(lr=1e-3, schedule="constant"))
+
+
+class SignalAt(L.Callback):
+    """Sends this process a signal within a step."""
+
+    def __init__(self, step: int, *signums: int) -> None:
+        self.step, self.signums = step, signums
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """At the start of the batch after ``step`` steps."""
+        if trainer.global_step == self.step:
+            for signum in self.signums:
+                os.kill(os.getpid(), signum)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_a_signal_ends_a_run_after_a_whole_step_with_a_checkpoint(
+    tiny: ModelSpec, data: MemoryData, tmp_path: Path, signum: int, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 128 + signal (Lightning alone ends with 0 and saves nothing, R2); the checkpoint goes on; handlers are given back."""
+    before, saver = signal.getsignal(signum), ModelCheckpoint(tmp_path, save_last=True)
+    trainer = make_trainer(
+        tmp_path, max_steps=5, limit_val_batches=0, enable_checkpointing=True, callbacks=[SignalAt(2, signum), Interruption(), saver]
+    )
+    with pytest.raises(Stopped) as ended:
+        trainer.fit(tecoa(tiny), datamodule=data)
+    assert ended.value.code == code and signal.getsignal(signum) == before
+    assert "stopped after step 3" in capsys.readouterr().out
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+    again = make_trainer(tmp_path, max_steps=5, limit_val_batches=0)
+    again.fit(tecoa(tiny), datamodule=data, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert again.global_step == 5
+
+
+def test_the_second_ctrl_c_stops_at_once(tiny: ModelSpec, data: MemoryData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without waiting for the step, and without a checkpoint."""
+    twice = SignalAt(1, signal.SIGINT, signal.SIGINT)
+    trainer = make_trainer(tmp_path, max_steps=5, limit_val_batches=0, callbacks=[twice, Interruption()])
+    with pytest.raises(SystemExit):
+        trainer.fit(tecoa(tiny), datamodule=data)
+    assert trainer.global_step == 1 and "stopped in step 2" in capsys.readouterr().out
+
+
+def save(path: Path, value: float) -> None:
+    """A checkpoint of one number."""
+    AtomicCheckpointIO().save_checkpoint({"value": torch.tensor(value)}, path)
+
+
+def read(path: Path) -> float:
+    """The number in a checkpoint."""
+    return float(AtomicCheckpointIO().load_checkpoint(path)["value"])
+
+
+def test_the_checkpoint_before_is_kept(tmp_path: Path) -> None:
+    """One of them, and nothing else lies about."""
+    for value in (1.0, 2.0, 3.0):
+        save(tmp_path / "last.ckpt", value)
+    assert (read(tmp_path / "last.ckpt"), read(tmp_path / "last.ckpt.previous")) == (3.0, 2.0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.previous"]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    """The file-size limit stands for the full disk; the error names the file and says what to do."""
+    save(tmp_path / "last.ckpt", 1.0)
+    code = """
+        import resource, signal, sys, torch
+        from callbacks import AtomicCheckpointIO
+        from aft.errors import RunError
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        try:
+            AtomicCheckpointIO().save_checkpoint({"value": torch.zeros(100_000)}, sys.argv[1])
+        except RunError as error:
+            sys.exit(f"refused: {error}")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "last.ckpt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "refused: checkpoint" in done.stderr and "--ckpt_path last" in done.stderr
+    assert read(tmp_path / "last.ckpt") == 1.0 and [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.02, 0.05])
+def test_kill_9_while_saving_leaves_a_whole_checkpoint(tmp_path: Path, wait: float) -> None:
+    """Whenever the kill comes; `make stress` does it more often."""
+    save(tmp_path / "last.ckpt", -1.0)
+    code = """
+        import sys, torch
+        from callbacks import AtomicCheckpointIO
+        for i in range(1000):
+            AtomicCheckpointIO().save_checkpoint({"value": torch.tensor(float(i)), "bulk": torch.zeros(2_000_000)}, sys.argv[1])
+            print(i, flush=True)
+    """
+    writer = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "last.ckpt")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None and writer.stdout.readline() == "0\n"
+    time.sleep(wait)
+    writer.kill()
+    writer.wait()
+    assert read(tmp_path / "last.ckpt") >= 0 and read(tmp_path / "last.ckpt.previous") >= -1
+
+
+def test_a_damaged_checkpoint_names_the_one_before(tmp_path: Path) -> None:
+    """A file cut short is no traceback."""
+    for value in (1.0, 2.0):
+        save(tmp_path / "last.ckpt", value)
+    (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:300])
+    with pytest.raises(RunError, match=f"go on from .*{checkpoint_io.PREVIOUS}"):
+        read(tmp_path / "last.ckpt")
+
+
+class Watch(L.Callback):
+    """The weights around each validation, and after each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+        self.in_validation: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """After a step."""
+        self.steps.append(vector(pl_module))
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """What is validated."""
+        self.in_validation.append(vector(pl_module))
+
+
+def vector(module: torch.nn.Module) -> torch.Tensor:
+    """All that is trained, as one vector."""
+    return torch.cat([p.detach().flatten().clone() for _, p in trained(module)])
+
+
+def test_the_average_is_what_is_validated_saved_and_loaded(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """Its formula in float64; training sees nothing of it: the weights are bit-equal to a run without."""
+    plain, watch, method = tecoa(tiny), Watch(), tecoa(tiny)
+    start = vector(method)
+    make_trainer(tmp_path, max_steps=4, val_check_interval=2).fit(plain, datamodule=data)
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    trainer = make_trainer(
+        tmp_path, max_steps=4, val_check_interval=2, enable_checkpointing=True, callbacks=[AveragedWeights(0.5), watch, saver]
+    )
+    trainer.fit(method, datamodule=data)
+    assert torch.equal(vector(method), vector(plain)) and len(watch.in_validation) >= 2
+    expected = start.double()
+    for t, weights in enumerate(watch.steps):
+        decay = min(0.5, (1 + t) / (10 + t))
+        expected = decay * expected + (1 - decay) * weights.double()
+    trainer.save_checkpoint(tmp_path / "average.ckpt")
+    saved = load_model(ModelSpec(pretrained=str(tmp_path / "average.ckpt")))
+    saved.requires_grad_(True)
+    average = torch.cat([p.detach().flatten() for p in saved.visual.parameters()])
+    assert torch.allclose(average.double(), expected, atol=1e-6) and not torch.allclose(average, vector(method), atol=1e-6)
+
+
+def test_a_resumed_average_is_that_of_an_uninterrupted_run(tiny: ModelSpec, tmp_path: Path) -> None:
+    """To the bit, stopped twice in mid-epoch: average and training weights."""
+
+    def run(folder: str, stops: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        checkpoint = None
+        for stop in stops:
+            method, average = tecoa(tiny), AveragedWeights(0.5)
+            saver = ModelCheckpoint(tmp_path / folder, filename=str(stop), every_n_train_steps=stop)
+            trainer = make_trainer(
+                tmp_path / folder, max_steps=stop, limit_val_batches=0, enable_checkpointing=True, callbacks=[average, saver]
+            )
+            sample = Sample(batch_size=16, holdout=0, train_classes=["cat", "dog", "ship"])
+            trainer.fit(method, datamodule=sample, ckpt_path=checkpoint)
+            checkpoint = str(tmp_path / folder / f"{stop}.ckpt")
+        return vector(method), average.average
+
+    (whole, whole_average), (parts, parts_average) = run("whole", [4]), run("parts", [1, 3, 4])
+    assert torch.equal(whole, parts)
+    assert all(torch.equal(value, parts_average[name]) for name, value in whole_average.items())
+
+
+def test_a_checkpoint_without_an_average_begins_one(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """So it can be switched on at a resume."""
+    first = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    first.fit(tecoa(tiny), datamodule=data)
+    first.save_checkpoint(tmp_path / "plain.ckpt")
+    average = AveragedWeights(0.5)
+    make_trainer(tmp_path, max_steps=4, limit_val_batches=0, callbacks=[average]).fit(
+        tecoa(tiny), datamodule=data, ckpt_path=str(tmp_path / "plain.ckpt")
+    )
+    assert average.steps == 3
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
+def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
+    """Named with its value."""
+    with pytest.raises(ConfigError, match="decay"):
+        AveragedWeights(decay)
