@@ -5,6 +5,7 @@ Shapes: B images, C channels, H height, W width, K classes, D embedding width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -20,13 +21,14 @@ from aft.attacks.guards import naming_out_of_memory
 from aft.batch import Batch, ClassData
 from aft.clip import ModelSpec, ZeroShotModel, load_model
 from aft.clip.weights import checkpoint_header
-from aft.errors import ConfigError, DataError, WeightsError
+from aft.errors import ConfigError, DataError, RunError, WeightsError
 from aft.methods.optim import OptimizerSpec
 from aft.methods.targets import Targets
 from aft.methods.terms import Term, all_needs, build_terms
 from aft.methods.views import Views
 
 IN_THE_BAR = ("train/loss", "train/adversarial_accuracy")
+MOST_SKIPPED = 10
 TEACHER_NEEDS = frozenset({"teacher_clean", "teacher_adversarial"})
 
 
@@ -82,6 +84,7 @@ class AdversarialFineTuning(L.LightningModule):
         self.val_clean = nn.ModuleList()
         self.val_robust = nn.ModuleList()
         self.last_adversarial_BCHW: Tensor | None = None
+        self.skipped_steps = 0
         self._choose_trainable()
 
     def _choose_trainable(self) -> None:
@@ -162,7 +165,7 @@ class AdversarialFineTuning(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Targets, attack, views, and the weighted sum of the terms."""
-        self._images_BCHW = batch.images
+        self._images_BCHW, self._index_B = batch.images, batch.index
         with naming_out_of_memory(f"a training step with {getattr(self.attack, 'steps', 0)} attack steps", batch.images):
             targets = self.targets(batch)
             views = self.views(targets)
@@ -262,9 +265,25 @@ class AdversarialFineTuning(L.LightningModule):
         self.optimizer_spec.impose(optimizer, schedule, self.named_parameters())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the norm of the whole gradient, before any clipping."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+        """Logs the norm of the whole gradient, before any clipping; a gradient that is not finite moves nothing.
+
+        Processes decide alike, since they have averaged their gradients. (fp16's gradient scaler skips by itself.)
+
+        Raises:
+            RunError: too many such steps in a row.
+        """
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        self.log("train/gradient_norm", norm)
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return
+        self.skipped_steps = 0 if torch.isfinite(norm) else self.skipped_steps + 1
+        if self.skipped_steps:
+            optimizer.zero_grad(set_to_none=True)
+            samples = ", ".join(str(int(i)) for i in self._index_B[:8])
+            what = f"the gradient of step {self.global_step + 1} is not finite (samples {samples} ...)"
+            if self.skipped_steps >= MOST_SKIPPED:
+                raise RunError(f"{what}, and {MOST_SKIPPED} steps in a row: lower lr, or look at these samples and at precision.")
+            warnings.warn(f"{what}: the step is skipped.", stacklevel=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the model's record, so that the file alone rebuilds the model, and the classes that it learns."""

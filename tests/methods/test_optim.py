@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import nn
 
-from aft.clip import ZeroShotModel
-from aft.methods import OptimizerSpec
+from aft.attacks import PGD
+from aft.clip import ModelSpec, ZeroShotModel
+from aft.errors import RunError
+from aft.methods import OptimizerSpec, TeCoA
+from tests.conftest import MemoryData, make_trainer
 
 
 def one_step(model: ZeroShotModel, spec: OptimizerSpec) -> dict[str, torch.Tensor]:
@@ -48,3 +54,12 @@ def test_decay_is_of_matrices_alone(model: ZeroShotModel) -> None:
         decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         assert len(decays) == len(list(model.visual.parameters()))
         assert all((decay > 0) == (p.ndim >= 2) for p, decay in decays.items() if isinstance(p, nn.Parameter))
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing_and_too_many_end_the_run(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """The weights are as before the step; after ten in a row the error names samples and remedy (R25)."""
+    method = TeCoA(tiny, attack=PGD(eps="8/255", step_size="4/255", steps=1), logit_scale=float("nan"))
+    before = {name: p.detach().clone() for name, p in method.named_parameters()}
+    with pytest.warns(UserWarning, match="step is skipped"), pytest.raises(RunError, match="10 steps in a row: lower lr"):
+        make_trainer(tmp_path, max_steps=20, limit_val_batches=0).fit(method, datamodule=data)
+    assert all(torch.equal(p, before[name]) for name, p in method.named_parameters())

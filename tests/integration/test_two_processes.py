@@ -1,0 +1,91 @@
+"""Two CPU processes (gloo): the same gradient as one, and no hang when one of them is stopped or sees NaN alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("two_processes.py")
+pytestmark = pytest.mark.timeout(280)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_folder: Path) -> Path:
+    """A run folder with the tiny model beside it."""
+    shutil.copytree(tiny_folder, tmp_path / "tiny")
+    return tmp_path
+
+
+def start(job: str, devices: int, folder: Path, **settings: Any) -> subprocess.Popen[str]:
+    """Starts a job of ``two_processes.py``."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), job, str(devices), str(folder), json.dumps(settings)]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(job: str, devices: int, folder: Path, **settings: Any) -> str:
+    """Runs it to its end, which must be a good one."""
+    process = start(job, devices, folder, **settings)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return output
+
+
+def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """Relative to the largest element, over all parameters."""
+    assert first.keys() == second.keys() and first
+    scale = max(float(value.abs().max()) for value in first.values())
+    return max(float((first[key] - second[key]).abs().max()) for key in first) / scale
+
+
+def running(pid: int) -> bool:
+    """Whether this process is there and not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("settings", [{}], ids=["all"])
+def test_two_processes_take_the_step_of_one(folder: Path, settings: dict[str, Any]) -> None:
+    """Same global batch, float64: the same gradient to 1e-10; the attack's noise does not depend on who computes it."""
+    run("step", 1, folder, file="one.pt", **settings)
+    run("step", 2, folder, file="two.pt", **settings)
+    one, two = (torch.load(folder / name, weights_only=True) for name in ("one.pt", "two.pt"))
+    assert largest_difference(one, two) < 1e-10
+
+
+def test_sigterm_to_one_of_two_ends_both_with_a_checkpoint(folder: Path) -> None:
+    """R1, R2: within 30 s, exit code 143, a checkpoint of a whole step."""
+    process = start("endless", 2, folder)
+    while not all((folder / f"pid{rank}").is_file() and (folder / f"pid{rank}").read_text() for rank in (0, 1)):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    other = int((folder / "pid1").read_text())
+    os.kill(other, signal.SIGTERM)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    while running(other) and time.monotonic() - began < 30:
+        time.sleep(0.1)
+    assert time.monotonic() - began < 30 and process.returncode == 143, output
+    saved = torch.load(folder / "last.ckpt", weights_only=True)
+    assert saved["global_step"] >= 3 and f"stopped after step {saved['global_step']}" in output
+
+
+def test_nan_on_one_rank_is_skipped_by_both(folder: Path) -> None:
+    """R25: the same finite weights on both, and a line that says so."""
+    output = run("spoiled", 2, folder)
+    first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(first[key], second[key]) and torch.isfinite(first[key]).all() for key in first)
+    assert "the gradient of step 2 is not finite" in output and "the step is skipped" in output

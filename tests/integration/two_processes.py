@@ -1,0 +1,107 @@
+"""What the tests of several processes run: ``python two_processes.py JOB DEVICES FOLDER SETTINGS``. Lightning starts the other process."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader
+
+from aft.attacks import PGD
+from aft.batch import Batch
+from aft.clip import ModelSpec, weights
+from aft.methods import OptimizerSpec, TeCoA
+from callbacks import AtomicCheckpointIO, Interruption
+from tests.conftest import MemoryData
+from train import DDP
+
+
+class Split(MemoryData):
+    """Each process takes every W-th image, so that the processes' batches together are one process's batch."""
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Batches of this process."""
+        assert self.trainer is not None
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        rows = torch.arange(len(self.labels))[rank::world].split(self.batch_size // world)
+        return DataLoader([Batch(self.images[r], r, self.labels[r]) for r in rows], batch_size=None)  # type: ignore[arg-type]
+
+
+class Pids(L.Callback):
+    """Tells the test who is who, once training goes on; a slow step gives the test time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """After each step."""
+        if trainer.global_step == 3:
+            (self.folder / f"pid{trainer.global_rank}").write_text(str(os.getpid()))
+
+
+class Spoil(L.Callback):
+    """Makes rank 1's loss NaN at its second step."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+        """A scale of NaN for one step."""
+        pl_module.logit_scale = float("nan") if trainer.global_rank == 1 and trainer.global_step == 1 else 10.0
+
+
+def fit(devices: int, folder: Path, steps: int, callbacks: list[L.Callback], **settings: Any) -> tuple[TeCoA, L.Trainer]:
+    """TeCoA on the tiny model in float64, by plain gradient descent with rate 1."""
+    trainer_settings = settings.pop("trainer", {})
+    method = TeCoA(
+        ModelSpec("tiny"), attack=PGD(eps="8/255", step_size="4/255", steps=2), **settings,
+        optimizer=OptimizerSpec(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, schedule="constant"),
+    )  # fmt: skip
+    trainer = L.Trainer(
+        accelerator="cpu", devices=devices, strategy=DDPStrategy(**{**DDP, "timeout": None}) if devices > 1 else "auto", max_steps=steps,
+        max_epochs=-1, precision="64-true", logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        use_distributed_sampler=False, default_root_dir=str(folder), callbacks=callbacks, plugins=[AtomicCheckpointIO()],
+        **{"enable_checkpointing": False, **trainer_settings},
+    )  # fmt: skip
+    trainer.fit(method, datamodule=Split(count=24, batch_size=8, dtype=torch.float64))
+    return method, trainer
+
+
+def step(devices: int, folder: Path, settings: dict[str, Any]) -> None:
+    """One step; rank 0 stores what it added to each trained parameter."""
+    name = settings.pop("file")
+    before: dict[str, torch.Tensor] = {}
+
+    class Before(L.Callback):
+        """The weights before the first step."""
+
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            """Keeps them."""
+            before.update({key: p.detach().clone() for key, p in pl_module.named_parameters() if p.requires_grad})
+
+    method, trainer = fit(devices, folder, 1, [Before()], **settings)
+    if trainer.global_rank == 0:
+        now = dict(method.named_parameters())
+        torch.save({key: now[key].detach() - value for key, value in before.items()}, folder / name)
+
+
+def endless(devices: int, folder: Path, settings: dict[str, Any]) -> None:
+    """Steps until somebody stops it."""
+    saver = ModelCheckpoint(folder, save_last=True)
+    fit(devices, folder, 100_000, [Pids(folder), Interruption(), saver], trainer={"enable_checkpointing": True}, **settings)
+
+
+def spoiled(devices: int, folder: Path, settings: dict[str, Any]) -> None:
+    """Three steps, the second of which is NaN on rank 1; every rank stores its weights."""
+    method, trainer = fit(devices, folder, 3, [Spoil()], logit_scale=10.0)
+    torch.save(method.model.state_dict(), folder / f"rank{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    job, devices, folder, settings = sys.argv[1:]
+    weights.EMBEDDED["tiny"] = Path(folder) / "tiny"
+    {"step": step, "endless": endless, "spoiled": spoiled}[job](int(devices), Path(folder), json.loads(settings))
