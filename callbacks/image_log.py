@@ -24,7 +24,7 @@ class ImageLog(L.Callback):
     A text entry beside it has the true class and the classes predicted for the clean and the adversarial image.
 
     Args:
-        every_n_steps: optimiser steps between two pictures.
+        every_n_steps: optimiser steps between two pictures; the first is of the run's first step.
         images: columns.
         enlarge: factor by which small images are enlarged.
     """
@@ -35,10 +35,10 @@ class ImageLog(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """One picture every ``every_n_steps``."""
-        writer = getattr(trainer.logger, "experiment", None)
-        if not isinstance(pl_module, AdversarialFineTuning) or not hasattr(writer, "add_image") or trainer.global_step % self.every_n_steps:
+        writer, step = getattr(trainer.logger, "experiment", None), trainer.global_step
+        if not isinstance(pl_module, AdversarialFineTuning) or not hasattr(writer, "add_image") or (step != 1 and step % self.every_n_steps):
             return
-        if trainer.global_step == self.last_step:  # another part of an accumulated step
+        if step == self.last_step:  # another part of an accumulated step
             return
         self.last_step = trainer.global_step
         clean_BCHW, adversarial_BCHW = batch.images[: self.images], pl_module.last_adversarial_BCHW
