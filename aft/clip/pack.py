@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from aft.clip.files import file_hash
 from aft.clip.model import ZeroShotModel
-from aft.clip.weights import ModelSpec, file_hash, load_model
+from aft.clip.weights import ModelSpec, load_model
 from aft.errors import AftError
 
 

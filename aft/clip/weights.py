@@ -1,31 +1,38 @@
-"""Builds a ZeroShotModel from a name and weights: open_clip names and tags, files, our checkpoints, and the embedded MiniCLIP.
+"""Builds a ZeroShotModel from a name and weights: open_clip names and tags, files, folders, our checkpoints, the embedded MiniCLIP.
 
 Nothing here unpickles code: files are safetensors, or are read with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import open_clip
 import torch
-from open_clip.tokenizer import SimpleTokenizer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from aft.clip.architectures import (
+    EMBEDDED,
+    ENLARGED,
+    Architecture,
+    build_clip,
+    describe,
+    describe_file,
+    describe_hub,
+    is_hub,
+    tokenizer_of,
+)  # fmt: skip
+from aft.clip.enlarge import enlarge, regrid
+from aft.clip.files import SUFFIXES, file_hash, load_strictly, read_file, weights_in
+from aft.clip.fit import INPUT, Sizes, check_fit, sizes_of_config, sizes_of_state
+from aft.clip.layouts import Layout, detect
 from aft.clip.model import ModelRecord, ZeroShotModel, state_hash
-from aft.errors import WeightsError, unknown_name
+from aft.errors import ConfigError, WeightsError
 
-MINI = Path(__file__).parent / "mini"
-EMBEDDED = {"miniclip32": MINI}
 CHECKPOINT_KEY = "aft"
 CHECKPOINT_SCHEMA = "aft.checkpoint/1"
 
@@ -35,69 +42,97 @@ class ModelSpec:
     """Which CLIP to load.
 
     Args:
-        name: ``miniclip32`` (embedded, 32 px), or any name of ``open_clip.list_models()``.
-        pretrained: an open_clip tag (``openai``, ``laion2b_s34b_b79k`` ...), a weights file (.safetensors, .pt, .ckpt), or
+        name: ``miniclip32`` (embedded, 32 px), ``miniclip64`` (the same for 64 px), or any name of ``open_clip.list_models()``.
+        pretrained: an open_clip tag (``openai``, ``laion2b_s34b_b79k`` ...), a weights file (.safetensors, .pt, .ckpt ...) in any
+            published layout, a folder of the hub (open_clip's or transformers' layout, which knows its own architecture), or
             ``random``. None means the embedded weights, for an embedded model.
         activation: of a weights *file* of an open_clip name whose tags differ in it (OpenAI's weights need ``quick_gelu``);
-            otherwise the name, the tag or the checkpoint says it.
+            otherwise the name, the tag, the folder or the checkpoint says it, and another value here is an error.
         patch_dropout: share of patches dropped in training mode; 0.5 nearly halves the cost of pre-training.
+        base: where the text side comes from when ``pretrained`` holds an image tower alone (as most published robust weights do):
+            a tag, a file or a folder. None means the embedded weights, for an embedded model.
+        image_size: side of the square that the tower sees, in pixels, where it is not the model's own: the position embedding is
+            then interpolated, with a warning.
+        mean, std: of the normalisation, per channel of pixels in [0, 1], where they are not the model's own (weights trained by
+            PMG-AFT's code need those of ImageNet: 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225).
+
+    Raises:
+        ConfigError: an image size, a mean or a standard deviation that cannot be one.
     """
 
     name: str = "miniclip32"
     pretrained: str | None = None
     patch_dropout: float = 0.0
     activation: Literal["gelu", "quick_gelu"] | None = None
+    base: str | None = None
+    image_size: int | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a name and tag stand for, before any weights: open_clip's configuration and the preprocessing that belongs to it."""
-
-    config: dict[str, Any]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    @property
-    def activation(self) -> str:
-        """``quick_gelu`` for OpenAI's weights and some of their time, else ``gelu``."""
-        return "quick_gelu" if self.config.get("quick_gelu") else "gelu"
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.image_size < 1:
+            raise ConfigError(f"image_size = {self.image_size}: give the side of the square in pixels, such as 224.")
+        for name, values, least in (("mean", self.mean, 0.0), ("std", self.std, 1e-4)):
+            if values is not None and (len(values) != 3 or not all(isfinite(value) and least <= value <= 1 for value in values)):
+                raise ConfigError(
+                    f"{name} = {tuple(values)}: give three numbers from {least:g} to 1, for red, green and blue pixels in [0, 1] "
+                    "(divide by 255 what is meant for grey levels)."
+                )
 
 
 def load_model(spec: ModelSpec | str = ModelSpec()) -> ZeroShotModel:
     """Builds the model that ``spec`` names, in fp32 and eval mode, with a frozen text tower.
 
-    A checkpoint of ours knows its own architecture, so ``name`` is then taken from it.
+    A checkpoint of ours and a folder of the hub know their own architecture, so ``name`` is then taken from them.
 
     Raises:
-        WeightsError: unknown name or tag, missing or damaged file, or weights that do not fit (what is missing and what is
-            unexpected is listed).
+        WeightsError: unknown name or tag, missing or damaged file, an unknown layout, or weights that do not fit (which sizes differ,
+            or what is missing and what is unexpected, is listed).
     """
     spec = ModelSpec(spec) if isinstance(spec, str) else spec
     with torch.random.fork_rng(devices=[]):  # building draws initial values; callers' random streams stay where they are
-        model = _load(spec)
+        model = _adjusted(_load(spec), spec)
     for parameter in [*model.text_parameters, model.clip.get_parameter("logit_scale")]:
         parameter.requires_grad_(False)
     return model.float().eval()
 
 
 def _load(spec: ModelSpec) -> ZeroShotModel:
-    if spec.pretrained == "random":
-        architecture = describe(spec.name, None)
-        clip = build_clip(architecture.config, spec.patch_dropout)
-        return ZeroShotModel(
-            clip, tokenizer_of(spec.name, architecture.config), _record(spec.name, "random", state_hash(clip), architecture, clip)
+    path = None if spec.pretrained == "random" else _weights_file(spec)
+    contents = {} if path is None else read_file(path)
+    layout = None if path is None or CHECKPOINT_KEY in contents else detect(contents, str(path))
+    if layout is not None and path is not None and layout.scope == "visual":
+        return _over_base(path, layout, spec)
+    if spec.base is not None:
+        raise WeightsError(
+            f"base = {spec.base!r} is for weights of an image tower alone; {spec.pretrained or spec.name} has a text side: leave base out."
         )
-    path = _weights_file(spec)
     if path is None:
-        return _from_tag(spec)
-    contents = read_file(path)
-    if CHECKPOINT_KEY in contents:
+        return _random(spec) if spec.pretrained == "random" else _from_tag(spec)
+    if layout is None:
         return _from_checkpoint(path, contents, spec)
-    architecture = _describe_file(spec)
+    return _enlarged(path, layout, spec) if spec.name in ENLARGED and spec.pretrained is None else _whole(path, layout, spec)
+
+
+def _adjusted(model: ZeroShotModel, spec: ModelSpec) -> ZeroShotModel:
+    """The model with the input size and the normalisation that ``spec`` asks for, all of it in its record."""
+    record = model.record
+    if spec.activation is not None and spec.activation != record.activation:
+        raise WeightsError(
+            f"activation = {spec.activation!r}, but {spec.pretrained or spec.name} says that it was trained with {record.activation}: "
+            "leave activation out; it is for a weights file that does not say."
+        )
+    if spec.image_size is not None and spec.image_size != record.resolution:
+        regrid(model.clip, spec.image_size)
+        record = replace(record, resolution=spec.image_size, config=_with_size(record.config, spec.image_size))
+    return ZeroShotModel(model.clip, model.tokenizer, replace(record, mean=spec.mean or record.mean, std=spec.std or record.std))
+
+
+def _random(spec: ModelSpec) -> ZeroShotModel:
+    architecture = describe(spec.name, None)
     clip = build_clip(architecture.config, spec.patch_dropout)
-    load_strictly(clip, contents.get("state_dict", contents), str(path))
     return ZeroShotModel(
-        clip, tokenizer_of(spec.name, architecture.config), _record(spec.name, "open_clip", file_hash(path), architecture, clip)
+        clip, tokenizer_of(spec.name, architecture.config), _record(spec.name, "random", state_hash(clip), architecture, clip)
     )
 
 
@@ -115,6 +150,68 @@ def _from_tag(spec: ModelSpec) -> ZeroShotModel:
     return ZeroShotModel(
         clip, tokenizer_of(spec.name, architecture.config), _record(spec.name, "open_clip", state_hash(clip), architecture, clip)
     )
+
+
+def _whole(path: Path, layout: Layout, spec: ModelSpec) -> ZeroShotModel:
+    """Both towers from one file."""
+    name, architecture = _described(spec)
+    return _filled(path, layout, name, architecture, spec, {})
+
+
+def _over_base(path: Path, layout: Layout, spec: ModelSpec) -> ZeroShotModel:
+    """The image tower of a file; text tower, logit scale and preprocessing of the base."""
+    if spec.base is None and spec.name not in {**EMBEDDED, **ENLARGED}:
+        describe(spec.name, None)
+        raise WeightsError(
+            f"{path} holds an image tower alone: set base to where the text side of {spec.name} comes from, the weights that the "
+            "fine-tuning started from: a tag such as openai, a file, or a folder."
+        )
+    base = _load(ModelSpec(spec.name, spec.base, activation=spec.activation))
+    text = {key: value for key, value in base.clip.state_dict().items() if not key.startswith("visual.")}
+    architecture = Architecture(base.record.config, base.record.mean, base.record.std)
+    model = _filled(path, layout, base.record.name, architecture, spec, text)
+    return ZeroShotModel(model.clip, base.tokenizer, replace(model.record, base_sha256=base.record.sha256))
+
+
+def _filled(
+    path: Path, layout: Layout, name: str, architecture: Architecture, spec: ModelSpec, text: Mapping[str, Tensor]
+) -> ZeroShotModel:
+    """A model of this architecture with the layout's tensors over those of ``text``, and nothing missing."""
+    given = sizes_of_state(layout.state)
+    architecture = replace(architecture, config=_at_files_size(architecture.config, given, spec))
+    check_fit(given, architecture.config, name, str(path))
+    clip = build_clip(architecture.config, spec.patch_dropout)
+    load_strictly(clip, {**text, **_own_names(clip, layout.state)}, str(path))
+    record = _record(name, layout.name, file_hash(path), architecture, clip)
+    return ZeroShotModel(clip, tokenizer_of(name, architecture.config), record)
+
+
+def _at_files_size(config: dict[str, Any], given: Sizes, spec: ModelSpec) -> dict[str, Any]:
+    """The configuration with the file's own input size, where another one is asked for anyway: it is interpolated from there."""
+    size = given.get(INPUT)
+    if spec.image_size is None or given.get("image tower") != "ViT" or not isinstance(size, int):
+        return config
+    return config if sizes_of_config(config).get(INPUT) == size else _with_size(config, size)
+
+
+def _with_size(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    return {**config, "vision_cfg": {**config["vision_cfg"], "image_size": size}}
+
+
+def _own_names(clip: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names of ``open_clip.CLIP`` to those of this model: a CustomTextCLIP keeps its text tower under ``text.``."""
+    if not isinstance(clip, open_clip.CustomTextCLIP):
+        return dict(state)
+    return {key if key.startswith(("visual.", "logit_")) else f"text.{key}": value for key, value in state.items()}
+
+
+def _enlarged(path: Path, layout: Layout, spec: ModelSpec) -> ZeroShotModel:
+    """An embedded model for larger images, from the weights of the one that it enlarges."""
+    source, factor = ENLARGED[spec.name]
+    small = _whole(path, layout, replace(spec, name=source, image_size=None))
+    larger = describe(spec.name, None)
+    record = replace(small.record, name=spec.name, config=larger.config, resolution=larger.config["vision_cfg"]["image_size"])
+    return ZeroShotModel(enlarge(small.clip, factor), small.tokenizer, record)
 
 
 def _from_checkpoint(path: Path, contents: Mapping[str, Any], spec: ModelSpec) -> ZeroShotModel:
@@ -143,71 +240,6 @@ def checkpoint_header(model: ZeroShotModel, method: str, eps_trained: float | No
     return {"schema": CHECKPOINT_SCHEMA, "model": asdict(changed)}
 
 
-def describe(name: str, tag: str | None) -> Architecture:
-    """The configuration of a name and tag. The activation is the tag's, also where open_clip's plain name says otherwise.
-
-    Raises:
-        WeightsError: the name or the tag is not known; near matches are listed.
-    """
-    if name in EMBEDDED:
-        return _describe_folder(name)
-    config = open_clip.get_model_config(name)
-    if config is None:
-        raise WeightsError(unknown_name("model", name, [*EMBEDDED, *open_clip.list_models()]))
-    preprocess: Mapping[str, Any] = {}
-    if tag is not None:
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if tag.lower() not in [known.lower() for known in tags]:
-            raise WeightsError(
-                f"{unknown_name(f'weights tag of {name}', tag, [*tags, 'random'])} A path to a file is allowed too; no file is there."
-            )
-        preprocess = open_clip.get_pretrained_cfg(name, tag)
-        config["quick_gelu"] = bool(preprocess.get("quick_gelu", config.get("quick_gelu", False)))
-    mean, std = preprocess.get("mean") or open_clip.OPENAI_DATASET_MEAN, preprocess.get("std") or open_clip.OPENAI_DATASET_STD
-    return Architecture(config, tuple(mean), tuple(std))
-
-
-def _describe_file(spec: ModelSpec) -> Architecture:
-    """The configuration for a weights file, which does not say its activation itself."""
-    architecture = describe(spec.name, None)
-    tags = open_clip.list_pretrained_tags_by_model(spec.name)
-    used = {bool(open_clip.get_pretrained_cfg(spec.name, tag).get("quick_gelu")) for tag in tags}
-    if spec.activation is None and len(used) > 1:
-        raise WeightsError(
-            f"weights of {spec.name} exist with gelu and with quick_gelu, and a file does not say which: set activation to quick_gelu "
-            "for OpenAI's weights and what was fine-tuned from them, else to gelu."
-        )
-    if spec.activation is not None:
-        architecture.config["quick_gelu"] = spec.activation == "quick_gelu"
-    return architecture
-
-
-def _describe_folder(name: str) -> Architecture:
-    stored = json.loads((EMBEDDED[name] / "open_clip_config.json").read_text(encoding="utf-8"))
-    preprocess = stored["preprocess_cfg"]
-    return Architecture(stored["model_cfg"], tuple(preprocess["mean"]), tuple(preprocess["std"]))
-
-
-def tokenizer_of(name: str, config: Mapping[str, Any]) -> Callable[[list[str]], Tensor]:
-    """open_clip's tokenizer for its own names; the standard BPE at the configured context length for the embedded models."""
-    if name in open_clip.list_models():
-        tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(name)
-        return tokenizer
-    own: Callable[[list[str]], Tensor] = SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
-    return own
-
-
-def build_clip(config: Mapping[str, Any], patch_dropout: float = 0.0) -> nn.Module:
-    """An open_clip model of this configuration with random weights."""
-    settings = copy.deepcopy(dict(config))
-    custom_text = settings.pop("custom_text", False) or "hf_model_name" in settings["text_cfg"]
-    settings["vision_cfg"]["patch_dropout"] = patch_dropout
-    settings["vision_cfg"].pop("timm_model_pretrained", None)
-    model_class = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
-    model: nn.Module = model_class(**settings)
-    return model
-
-
 def _record(name: str, layout: str, sha256: str, architecture: Architecture, clip: nn.Module) -> ModelRecord:
     size = architecture.config["vision_cfg"].get("image_size", 224)
     return ModelRecord(
@@ -223,72 +255,45 @@ def _record(name: str, layout: str, sha256: str, architecture: Architecture, cli
     )
 
 
+def _described(spec: ModelSpec) -> tuple[str, Architecture]:
+    """Name and architecture for a file with both towers: a folder of the hub says its own, else the name decides.
+
+    With a folder, an open_clip name stays (it brings the tokenizer, and its sizes must be the folder's); else the folder's name is taken.
+    """
+    folder = Path(spec.pretrained) if spec.pretrained is not None and Path(spec.pretrained).is_dir() else None
+    architecture = None if folder is None else describe_hub(folder)
+    if spec.pretrained is None:
+        return spec.name, describe(spec.name, None)
+    if folder is None or architecture is None:
+        return spec.name, describe_file(spec.name, spec.activation)
+    named = describe(spec.name, None)
+    if spec.name in {**EMBEDDED, **ENLARGED}:
+        return folder.resolve().name, architecture
+    sizes = sizes_of_config(architecture.config)
+    if spec.image_size is not None:
+        sizes.pop(INPUT, None)
+    check_fit(sizes, named.config, spec.name, str(folder))
+    return spec.name, architecture
+
+
 def _weights_file(spec: ModelSpec) -> Path | None:
     """The file that ``spec`` means; none where it means a tag."""
     if spec.pretrained is None:
-        if spec.name not in EMBEDDED:
+        source = ENLARGED[spec.name][0] if spec.name in ENLARGED else spec.name
+        if source not in EMBEDDED:
             describe(spec.name, None)
-            raise WeightsError(f"model {spec.name!r} needs weights: set pretrained to an open_clip tag, a file, or 'random'.")
-        path = EMBEDDED[spec.name] / "open_clip_model.safetensors"
-    else:
-        path = Path(spec.pretrained)
-        looks_like_a_path = path.suffix in {".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".bin"} or "/" in spec.pretrained
-        if not path.is_file() and not looks_like_a_path:
-            return None
+            raise WeightsError(f"model {spec.name!r} needs weights: set pretrained to an open_clip tag, a file, a folder, or 'random'.")
+        return weights_in(EMBEDDED[source])
+    path = Path(spec.pretrained)
+    if path.is_dir() and ("/" in spec.pretrained or _hides_no_tag(path, spec)):
+        return weights_in(path)
     if not path.is_file():
-        raise WeightsError(f"no weights file at {path}: check the path, or give an open_clip tag or 'random'.")
+        if path.suffix in SUFFIXES or "/" in spec.pretrained:
+            raise WeightsError(f"no weights file at {path}: check the path, or give a folder, an open_clip tag or 'random'.")
+        return None
     return path
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """The contents of a weights file as tensors and plain types; never runs code.
-
-    Raises:
-        WeightsError: the file is damaged, or holds a pickle of anything but tensors and plain types.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise WeightsError(
-            f"{path} is no weights file, or holds more than tensors and plain types, which could run code: save its state_dict alone."
-        ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read as weights ({error}): is the file whole? Copy or download it again.") from error
-    if not isinstance(contents, Mapping):
-        raise WeightsError(f"{path} holds a {type(contents).__name__}, not a dictionary of tensors.")
-    return dict(contents)
-
-
-def load_strictly(module: nn.Module, state: Mapping[str, Any], origin: str) -> None:
-    """Loads every tensor, and nothing but what fits.
-
-    Raises:
-        WeightsError: names missing, unexpected, or of another shape; the first eight of each are listed.
-    """
-    own = module.state_dict()
-    given = {key.removeprefix("module."): value for key, value in state.items()}
-    faults = {
-        "missing": [key for key in own if key not in given],
-        "unexpected": [key for key in given if key not in own],
-        "of another shape": [
-            f"{key} {tuple(given[key].shape)} for {tuple(own[key].shape)}"
-            for key in own
-            if key in given and given[key].shape != own[key].shape
-        ],
-    }
-    found = [f"{len(keys)} {what}: {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}" for what, keys in faults.items() if keys]
-    if found:
-        raise WeightsError(f"weights of {origin} do not fit the model. " + "; ".join(found) + ".")
-    module.load_state_dict(given, strict=True)
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as stream:
-        return (
-            hashlib.file_digest(stream, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(stream.read()).hexdigest()
-        )
+def _hides_no_tag(folder: Path, spec: ModelSpec) -> bool:
+    """Whether a folder of this name is meant: it holds a model, and no tag is called so."""
+    return is_hub(folder) and spec.pretrained not in open_clip.list_pretrained_tags_by_model(spec.name)
