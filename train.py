@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from aft.attacks import Attack
-from aft.clip import ModelSpec
+from aft.clip import ModelSpec, TrainableSpec
 from aft.errors import AftError, ConfigError, RunError
 from aft.methods import AdversarialFineTuning, OptimizerSpec
 from aft.settings import dropped_settings, explain, flat, new_differences, underlying
@@ -42,7 +42,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Raises instead of printing a usage page."""
-        raise ConfigError(explain(message, self, (AdversarialFineTuning, Attack, L.LightningDataModule, OptimizerSpec, ModelSpec))) from ex
+        known = (AdversarialFineTuning, Attack, L.LightningDataModule, OptimizerSpec, ModelSpec, TrainableSpec)
+        raise ConfigError(explain(message, self, known)) from ex
 
 
 class Main(LightningCLI):

@@ -22,7 +22,7 @@ def underlying(error: BaseException) -> BaseException:
 
 NOT_KNOWN = {
     "option": r"[Uu]nrecognized arguments?: --([\w.+]+)",
-    "setting": r"(?:Option '([\w.]+)' is not accepted|Key '([\w.]+)' is not expected)",
+    "setting": r"(?:Option '([\w.]+)' is not accepted|Key '([\w.]+)' is not expected|does not accept option '([\w.]+)')",
     "class": r"(?:has no attribute '(\w+)'|Expected a dot import path string: (\w+)|Import path ([\w.]+) )",
 }
 
@@ -39,6 +39,10 @@ def explain(message: str, parser: Any, bases: Iterable[type] = ()) -> str:
     ours = re.search(r"unknown (?:option|setting|class) '[^']*': (?:did you mean [^?]*\?|see --help for what is allowed\.)", text)
     if ours:  # a nested parser has explained it already
         return ours.group()
+    choice = re.search(r"Expected a typing\.Literal\[([^\]]*)\]\. Got value: (\S+)", text)
+    if choice:
+        key = re.findall(r'Parser key "([\w.]+)"', text[: choice.start()])[-1:] or ["this setting"]
+        return unknown_name(f"value of {key[0]}", choice[2], re.findall(r"'([^']*)'", choice[1]))
     for kind, pattern in NOT_KNOWN.items():
         found = re.search(pattern, text)
         if found:

@@ -24,6 +24,8 @@ def on_the_sample(path: Path, folder: Path) -> list[str]:
     settings = yaml.safe_load(path.read_text())
     pretraining = settings["model"]["class_path"].endswith("ContrastivePretraining")
     settings["model"]["init_args"]["clip"] = {"name": "tiny", "pretrained": "random" if pretraining else None}
+    if settings["model"]["init_args"].get("trainable", {}).get("pad"):
+        settings["model"]["init_args"]["trainable"]["pad"] = 4  # of the tiny tower's 32 px, as 30 of 224
     given = settings.get("data", {}).get("init_args", {})
     kept = {key: given[key] for key in ("augment", "train_classes") if key in given}
     settings["data"] = {"class_path": "datamodules.Sample", "init_args": {**kept, "batch_size": 16, "holdout": 70}}

@@ -40,6 +40,8 @@ class ModelRecord:
         method: the recipe that trained it, ``none`` before any adversarial fine-tuning.
         eps_trained: radius that it was trained with, in pixel units; none for an undefended model.
         text_transform: what happens to text embeddings.
+        trainable: what the fine-tuning trained (:class:`aft.clip.trainable.TrainableSpec`'s settings); none for a base model.
+        prompts: settings of the visual prompts that are part of the tower; none for a plain one.
     """
 
     name: str
@@ -55,6 +57,8 @@ class ModelRecord:
     method: str = "none"
     eps_trained: float | None = None
     text_transform: str = "identity"
+    trainable: dict[str, object] | None = None
+    prompts: dict[str, object] | None = None
 
 
 @dataclass(frozen=True)

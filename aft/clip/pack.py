@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from aft.clip.files import file_hash
 from aft.clip.model import ZeroShotModel
 from aft.clip.weights import ModelSpec, load_model
-from aft.errors import AftError
+from aft.errors import AftError, ConfigError
 
 
 def pack(model: ZeroShotModel, folder: Path) -> str:
@@ -23,7 +23,12 @@ def pack(model: ZeroShotModel, folder: Path) -> str:
 
     Returns:
         sha256 of the weights file.
+
+    Raises:
+        ConfigError: the model has visual prompts, which this layout has no place for.
     """
+    if model.record.prompts is not None:
+        raise ConfigError(f"{model.record.name} has visual prompts {model.record.prompts}: open_clip's layout cannot hold them.")
     folder.mkdir(parents=True, exist_ok=True)
     preprocess = {"mean": list(model.record.mean), "std": list(model.record.std), "interpolation": "bicubic", "resize_mode": "squash"}
     config = {"model_cfg": model.record.config, "preprocess_cfg": preprocess}

@@ -31,6 +31,7 @@ from aft.clip.files import SUFFIXES, file_hash, load_strictly, read_file, weight
 from aft.clip.fit import INPUT, Sizes, check_fit, sizes_of_config, sizes_of_state
 from aft.clip.layouts import Layout, detect
 from aft.clip.model import ModelRecord, ZeroShotModel, state_hash
+from aft.clip.trainable import as_trained
 from aft.errors import ConfigError, WeightsError
 
 CHECKPOINT_KEY = "aft"
@@ -225,18 +226,22 @@ def _from_checkpoint(path: Path, contents: Mapping[str, Any], spec: ModelSpec) -
     clip = build_clip(record.config, spec.patch_dropout)
     prefix = "model.clip."
     state = {key.removeprefix(prefix): value for key, value in contents["state_dict"].items() if key.startswith(prefix)}
-    load_strictly(clip, state, str(path))
+    with as_trained(clip.get_submodule("visual"), record):
+        load_strictly(clip, state, str(path))
     scale = float(clip.get_parameter("logit_scale").detach().exp())
     return ZeroShotModel(
         clip, tokenizer_of(record.name, record.config), replace(record, layout="aft", sha256=file_hash(path), logit_scale=scale)
     )
 
 
-def checkpoint_header(model: ZeroShotModel, method: str, eps_trained: float | None) -> dict[str, Any]:
+def checkpoint_header(
+    model: ZeroShotModel, method: str, eps_trained: float | None, trainable: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What a checkpoint of ours carries beside its tensors: plain types, so that it loads with ``weights_only=True``."""
     record = model.record
     base = None if record.layout == "random" else record.sha256
-    changed = replace(record, method=method, eps_trained=eps_trained, base_sha256=base)
+    learned = None if trainable is None else dict(trainable)
+    changed = replace(record, method=method, eps_trained=eps_trained, base_sha256=base, trainable=learned)
     return {"schema": CHECKPOINT_SCHEMA, "model": asdict(changed)}
 
 

@@ -20,6 +20,8 @@ from aft.attacks import Adversarial, Attack, ClassificationObjective, Objective,
 from aft.attacks.guards import naming_out_of_memory
 from aft.batch import Batch, ClassData
 from aft.clip import ModelSpec, ZeroShotModel, load_model
+from aft.clip.towers import frozen_to_eval, keep_statistics
+from aft.clip.trainable import TrainableSpec, make_trainable
 from aft.clip.weights import checkpoint_header
 from aft.errors import ConfigError, DataError, RunError, WeightsError
 from aft.methods.optim import OptimizerSpec
@@ -33,7 +35,7 @@ TEACHER_NEEDS = frozenset({"teacher_clean", "teacher_adversarial"})
 
 
 class AdversarialFineTuning(L.LightningModule):
-    """Adversarial fine-tuning of a CLIP's image tower; the text tower is frozen.
+    """Adversarial fine-tuning of a CLIP's image tower, or of what ``trainable`` names in it; the text tower is frozen.
 
     ``min_theta E [ sum_t weight_t * term_t(targets, views(x + delta*)) ]`` with ``delta* = argmax_delta objective(x + delta)``.
 
@@ -45,7 +47,8 @@ class AdversarialFineTuning(L.LightningModule):
         val_attack: the attack of validation; none reports clean accuracy alone.
         logit_scale: factor on cosines in the loss and in the attack; none means the model's own.
         templates: prompts with one ``{}``; none means the data set's own.
-        seed: of the attack's random starts (which depend on seed, epoch and sample alone).
+        seed: of the attack's random starts (which depend on seed, epoch and sample alone), and of what ``trainable`` adds.
+        trainable: what of the image tower learns: all of it, blocks, low-rank updates, or visual prompts.
 
     Raises:
         ConfigError: an unknown term or setting, or a term whose needs the data or the model cannot meet.
@@ -54,6 +57,7 @@ class AdversarialFineTuning(L.LightningModule):
     method: ClassVar[str] = "custom"
     default_terms: ClassVar[Mapping[str, Term]] = {}
     trains_text: ClassVar[bool] = False
+    keeps_statistics: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -65,6 +69,7 @@ class AdversarialFineTuning(L.LightningModule):
         logit_scale: float | None = None,
         templates: list[str] | None = None,
         seed: int = 0,
+        trainable: TrainableSpec = TrainableSpec(),  # noqa: B008  (frozen)
     ) -> None:
         super().__init__()
         self.spec = clip
@@ -79,6 +84,7 @@ class AdversarialFineTuning(L.LightningModule):
         self.logit_scale = logit_scale
         self.templates = templates
         self.seed = seed
+        self.trainable_spec = trainable
         self.needs = all_needs(self.terms.values())
         self._teacher: tuple[ZeroShotModel, ...] = ()  # a tuple keeps it out of the optimiser, of DDP and of the checkpoint
         self.val_clean = nn.ModuleList()
@@ -88,6 +94,7 @@ class AdversarialFineTuning(L.LightningModule):
         self._choose_trainable()
 
     def _choose_trainable(self) -> None:
+        make_trainable(self.model, self.trainable_spec, self.seed)
         for parameter in self.model.text_parameters:
             parameter.requires_grad_(self.trains_text)
         self.model.clip.get_parameter("logit_scale").requires_grad_(self.trains_text and self.logit_scale is None)
@@ -250,8 +257,14 @@ class AdversarialFineTuning(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Puts what learns into training mode and what is frozen into eval mode; Lightning keeps modes as it finds them."""
+        """Puts what learns into training mode and what is frozen into eval mode; Lightning keeps modes as it finds them.
+
+        BatchNorm keeps the statistics that the model came with: see :func:`aft.clip.towers.keep_statistics`.
+        """
         self.train()
+        frozen_to_eval(self.model.visual)
+        if self.keeps_statistics:
+            keep_statistics(self.model.visual)
         if not self.trains_text:
             for name, module in self.model.clip.named_children():
                 if name != "visual":
@@ -288,17 +301,19 @@ class AdversarialFineTuning(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the model's record, so that the file alone rebuilds the model, and the classes that it learns."""
         eps = getattr(self.attack, "eps", None)
-        header = checkpoint_header(self.model, self.method, None if eps is None else float(eps))
+        header = checkpoint_header(self.model, self.method, None if eps is None else float(eps), self.trainable_spec.settings())
         checkpoint["aft"] = {**header, "classes": list(self.data.class_lists["train"])}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to go on training with other classes than the checkpoint's: labels would silently mean something else.
 
         Raises:
-            WeightsError: the checkpoint belongs to another model.
+            WeightsError: the checkpoint belongs to another model, or something else learned in it.
             DataError: the class lists differ, in names or in order.
         """
         header = checkpoint.get("aft", {})
+        if "model" in header:
+            refuse_other_trainable(header["model"], self.trainable_spec.settings(), self.trainer.state.fn == "fit")
         if self.trainer.state.fn == "fit" and "model" in header:
             refuse_another_model(header["model"], checkpoint_header(self.model, self.method, None)["model"])
         stored = header.get("classes")
@@ -321,6 +336,17 @@ def need_attack(attack: Attack | None, method: str) -> Attack:
     if attack is None:
         raise ConfigError(f"{method} trains on adversarial images: set model.init_args.attack, such as aft.attacks.PGD.")
     return attack
+
+
+def refuse_other_trainable(stored: Mapping[str, Any], here: Mapping[str, Any], resumes: bool) -> None:
+    """Raises WeightsError where something else learned in a checkpoint, and it is resumed or has other tensors for it."""
+    before = stored.get("trainable") or {"name": "all"}
+    added = {before["name"], here["name"]} & {"lora", "prompts"}
+    if before != dict(here) and (resumes or added):
+        raise WeightsError(
+            f"the checkpoint has trainable = {before}, this run has {dict(here)}: go on with the same, or start a new run from its "
+            "weights with --model.init_args.clip.pretrained CHECKPOINT."
+        )
 
 
 def refuse_another_model(stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:

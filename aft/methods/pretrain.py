@@ -41,6 +41,7 @@ class ContrastivePretraining(AdversarialFineTuning):
     method: ClassVar[str] = "none"
     default_terms: ClassVar[Mapping[str, Term]] = {"caption_contrast": CaptionContrast()}
     trains_text: ClassVar[bool] = True
+    keeps_statistics: ClassVar[bool] = False  # random weights have none worth keeping
 
     def __init__(
         self,
