@@ -1,6 +1,9 @@
 """Lightning DataModules: where images, labels and class names come from."""
 
+from datamodules.captions import Captions
 from datamodules.folder import ImageFolder
 from datamodules.sample import Sample
+from datamodules.shards import Shards
+from datamodules.torchvision_sets import Torchvision
 
-__all__ = ["ImageFolder", "Sample"]
+__all__ = ["Captions", "ImageFolder", "Sample", "Shards", "Torchvision"]

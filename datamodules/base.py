@@ -9,9 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
-import lightning
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,12 +19,10 @@ from torch.utils.data import DataLoader
 from aft.batch import Batch, EvaluationSet
 from aft.clip.prompts import warn_of_duplicates
 from aft.errors import ConfigError, DataError, unknown_name
-from datamodules.augment import Augment
+from datamodules.common import ImageData, check_least
 from datamodules.images import ImageStore, load
 from datamodules.order import Batches, ExactOrder, TrainLoader, TrainOrder
 from datamodules.sources import Source
-
-PROMPT = ("a photo of a {}.",)
 
 
 @dataclass(frozen=True)
@@ -59,25 +56,17 @@ class Subset:
         return Subset(self.rows_N[keep], self.labels_N[keep], self.index_N[keep])
 
 
-class LabelledImages(lightning.LightningDataModule, ABC):
+class LabelledImages(ImageData, ABC):
     """A labelled set of images as ``trainer.datamodule``; satisfies ``aft.batch.ClassData``.
 
     The model is chosen on ``holdout`` images of the training set; the test set is only in ``evaluation_set("test")``.
     The trainer must have ``use_distributed_sampler: false``: the loaders split the data over ranks themselves, without padding.
 
     Args:
-        batch_size: images a process and step.
-        augment: of training images: ``none``, ``flip`` (left to right), ``crop_flip`` (shifted crop, then flip).
-        padding: largest shift of the crop, pixels; what comes in is the reflection.
         holdout: training images kept out of training to validate on; balanced, 0 for none.
-        seed: of the order, the augmentation and the choice of held-out images.
         train_classes: train and validate on these classes alone, numbered in this order; none: all.
             ``evaluation_set("test")`` keeps all classes (``EvaluationSet.select`` takes some).
-        image_size: side to resize and crop every image to, pixels; none: all images have one size already.
-        templates: prompts with one ``{}`` each.
-        cache_bytes: a split is held decoded in memory up to this size, bytes; beyond it each access decodes.
-        max_bad_share: largest share of damaged images to skip, 0 to 1; more is an error.
-        num_workers: processes that make training batches; worth it only when images are not held in memory.
+        **kwargs: what every set of images takes, see ``datamodules.common.ImageData``.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -85,21 +74,10 @@ class LabelledImages(lightning.LightningDataModule, ABC):
 
     name = "labelled_images"
 
-    def __init__(self, *, batch_size: int = 128, augment: Augment = "flip", padding: int = 4, holdout: int = 0, seed: int = 0,
-                 train_classes: list[str] | None = None, image_size: int | None = None, templates: tuple[str, ...] = PROMPT,
-                 cache_bytes: int = 4 * 2**30, max_bad_share: float = 0.01, num_workers: int = 0) -> None:
-        super().__init__()
-        for key, value, least in (("batch_size", batch_size, 1), ("padding", padding, 0), ("holdout", holdout, 0), ("seed", seed, 0),
-                                  ("cache_bytes", cache_bytes, 0), ("max_bad_share", max_bad_share, 0), ("num_workers", num_workers, 0)):
-            if value < least:
-                raise ConfigError(f"{key} = {value} is too small: give {least} or more.")
-        if augment not in ("none", "flip", "crop_flip"):
-            raise ConfigError(unknown_name("augment", augment, ("none", "flip", "crop_flip")))
-        if not templates or any(template.count("{}") != 1 for template in templates):
-            raise ConfigError(f"templates = {templates}: each needs exactly one {{}}, where the class name goes.")
-        self.batch_size, self.augment, self.padding, self.holdout, self.seed = batch_size, augment, padding, holdout, seed
-        self.train_classes, self.image_size, self.templates = train_classes, image_size, tuple(templates)
-        self.cache_bytes, self.max_bad_share, self.num_workers = cache_bytes, max_bad_share, num_workers
+    def __init__(self, *, holdout: int = 0, train_classes: list[str] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_least(holdout=(holdout, 0))
+        self.holdout, self.train_classes = holdout, train_classes
         self._stores: dict[str, ImageStore] = {}
 
     @abstractmethod
@@ -158,7 +136,7 @@ class LabelledImages(lightning.LightningDataModule, ABC):
 
     def setup(self, stage: str | None = None) -> None:
         """Decodes the training images, for ``fit`` and ``validate``; the test images wait until they are asked for."""
-        self._check_sampler()
+        self.check_sampler()
         if stage in (None, "fit", "validate"):
             self._train_parts  # noqa: B018  (computed once, here rather than in the first step)
 
@@ -171,7 +149,7 @@ class LabelledImages(lightning.LightningDataModule, ABC):
         part = self._train_parts["train"]
         batches = Batches(self.store("train"), part.rows_N, part.labels_N, part.index_N, augment=self.augment, padding=self.padding,
                           seed=self.seed)
-        order = TrainOrder(len(part.rows_N), self.batch_size, self.seed, *self._place())
+        order = TrainOrder(len(part.rows_N), self.batch_size, self.seed, *self.place())
         return TrainLoader(batches, order, self.num_workers)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
@@ -179,7 +157,7 @@ class LabelledImages(lightning.LightningDataModule, ABC):
         if not self.holdout:
             return []
         part = self._train_parts["holdout"]
-        order = ExactOrder(len(part.rows_N), self.batch_size, *self._place())
+        order = ExactOrder(len(part.rows_N), self.batch_size, *self.place())
         return [DataLoader(Batches(self.store("train"), part.rows_N, part.labels_N, part.index_N), sampler=order, batch_size=None)]
 
     def evaluation_set(self, split: Literal["test", "holdout", "train"]) -> EvaluationSet:
@@ -206,9 +184,8 @@ class LabelledImages(lightning.LightningDataModule, ABC):
         if split not in self._stores:
             self._stores[split] = load(self.listing(split).source, image_size=self.image_size, cache_bytes=self.cache_bytes,
                                        max_bad_share=self.max_bad_share)
-            height = min(self._stores[split].size)
-            if split == "train" and self.augment == "crop_flip" and self.padding >= height:
-                raise ConfigError(f"padding = {self.padding} is not below the image side of {height} pixels: reflect less.")
+            if split == "train":
+                self.check_padding(self._stores[split].size)
         return self._stores[split]
 
     def _whole(self, split: Literal["train", "test"]) -> Subset:
@@ -227,15 +204,6 @@ class LabelledImages(lightning.LightningDataModule, ABC):
             raise ConfigError(f"holdout = {self.holdout} of {len(held)} training images leaves nothing to train on in "
                               f"{len(lost)} classes: hold out fewer.")
         return {"train": part[~held], "holdout": part[held]}
-
-    def _place(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-    def _check_sampler(self) -> None:
-        connector = getattr(self.trainer, "_accelerator_connector", None)
-        if self._place()[1] > 1 and getattr(connector, "use_distributed_sampler", False):
-            raise ConfigError("trainer.use_distributed_sampler is true: it would split each process's share once more and pad it; "
-                              "set it to false, the loaders split over processes themselves.")
 
 
 def choose_in_turn(labels_N: Tensor, index_N: Tensor, count: int, seed: int) -> Tensor:

@@ -73,41 +73,51 @@ class ImageStore:
         return torch.from_numpy(pixels_CHW)
 
 
-def decode(data: bytes, image_size: int | None) -> np.ndarray:
+def decode(data: bytes, image_size: int | None, max_pixels: int | None = None) -> np.ndarray:
     """Encoded bytes to ``uint8 [3, H, W]``, RGB.
 
     Args:
         data: JPEG, PNG, WebP or BMP.
         image_size: resize until the shorter side has this many pixels (bicubic), then crop the centre; none: leave the size.
+        max_pixels: most pixels that the header may announce; none: ``PIL.Image.MAX_IMAGE_PIXELS``.
 
     Raises:
-        DecompressionBombError: more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+        DecompressionBombError: more pixels than that.
         OSError, SyntaxError, ValueError: the bytes are damaged.
     """
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        guard_size(image)
+        guard_size(image, max_pixels)
         picture = image.convert("RGB")
     if image_size is not None and picture.size != (image_size, image_size):
         picture = cover(picture, image_size)
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
-def guard_size(image: Image.Image) -> None:
+def guard_size(image: Image.Image, max_pixels: int | None = None) -> None:
     """Refuses an image by its header, before its pixels take memory.
 
     Raises:
-        DecompressionBombError: more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+        DecompressionBombError: more pixels than ``max_pixels``, or without it than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
-    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
+    limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
+    if limit is not None and image.width * image.height > limit:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are more than {limit}")
 
 
 def cover(image: Image.Image, side: int) -> Image.Image:
     """Resizes (bicubic, aspect kept) until the shorter side is ``side`` pixels, then crops the centre square."""
+    image = shorten(image, side)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def shorten(image: Image.Image, side: int) -> Image.Image:
+    """Resizes (bicubic, aspect kept) until the shorter side is ``side`` pixels; an image that is so already stays as it is."""
+    if min(image.size) == side:
+        return image
     scale = side / min(image.size)
     width, height = (max(side, round(edge * scale)) for edge in image.size)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def load(source: Source, *, image_size: int | None, cache_bytes: int, max_bad_share: float) -> ImageStore:

@@ -5,7 +5,7 @@ Both are samplers whose items stand for whole batches; the data set beneath make
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,10 @@ class TrainOrder(Sampler[BatchKey]):
         if epoch != self.epoch:
             self.epoch, self.start, self.drawn = epoch, 0, 0
 
+    def depends_on(self) -> dict[str, Any]:
+        """The settings under which a place in the epoch means what it meant."""
+        return {"images": self.count, "global_batch": self.batch_size * self.world, "seed": self.seed}
+
     def __iter__(self) -> Iterator[BatchKey]:
         first, self.start = self.start, 0
         order = torch.from_numpy(np.random.default_rng((self.seed, ORDER, self.epoch)).permutation(self.count))
@@ -104,13 +108,14 @@ class Batches(Dataset[Batch]):
     Args:
         images: the store.
         rows_N: ``int64 [N]``, which of its images belong to this set.
-        labels_N, index_N: ``int64 [N]``, label and stable number of each.
+        labels_N, index_N: ``int64 [N]``, label (none where there are captions) and stable number of each.
+        captions: a text for each image; none where there are labels.
         augment, padding, seed: of the augmentation; padding in pixels.
     """
 
-    def __init__(self, images: ImageStore, rows_N: Tensor, labels_N: Tensor, index_N: Tensor, *, augment: Augment = "none",
-                 padding: int = 0, seed: int = 0) -> None:
-        self.images, self.rows_N, self.labels_N, self.index_N = images, rows_N, labels_N, index_N
+    def __init__(self, images: ImageStore, rows_N: Tensor, labels_N: Tensor | None, index_N: Tensor, *,
+                 captions: Sequence[str] | None = None, augment: Augment = "none", padding: int = 0, seed: int = 0) -> None:
+        self.images, self.rows_N, self.labels_N, self.index_N, self.captions = images, rows_N, labels_N, index_N, captions
         self.augment, self.padding, self.seed = augment, padding, seed
 
     def __len__(self) -> int:
@@ -121,7 +126,9 @@ class Batches(Dataset[Batch]):
         if self.augment != "none":
             draws = draw(self.augment, key.total, self.padding, (self.seed, AUGMENTATION, key.epoch, key.step))
             images_BCHW = apply(images_BCHW, draws.part(key.start, key.start + len(key.rows_B)))
-        return Batch(images_BCHW.float().div_(255), self.index_N[key.rows_B], self.labels_N[key.rows_B])
+        labels_B = None if self.labels_N is None else self.labels_N[key.rows_B]
+        captions = None if self.captions is None else [self.captions[row] for row in key.rows_B.tolist()]
+        return Batch(images_BCHW.float().div_(255), self.index_N[key.rows_B], labels_B, captions)
 
 
 class TrainLoader(DataLoader[Batch]):
@@ -138,14 +145,14 @@ class TrainLoader(DataLoader[Batch]):
         RunError: resumed in the middle of an epoch, with another global batch, seed or number of images than then.
     """
 
-    def __init__(self, batches: Batches, order: TrainOrder, num_workers: int = 0) -> None:
+    def __init__(self, batches: Dataset[Any], order: TrainOrder, num_workers: int = 0) -> None:
         super().__init__(batches, sampler=order, batch_size=None, num_workers=num_workers, persistent_workers=num_workers > 0)
-        self.order, self._saved_under = order, self._depends_on(order)
+        self.order, self._saved_under = order, order.depends_on()
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.order.start and self._saved_under != self._depends_on(self.order):
+        if self.order.start and self._saved_under != self.order.depends_on():
             raise RunError(f"the checkpoint is in the middle of an epoch of {self._saved_under}, this run has "
-                           f"{self._depends_on(self.order)}: keep these settings, or resume from a checkpoint at the end of an epoch.")
+                           f"{self.order.depends_on()}: keep these settings, or resume from a checkpoint at the end of an epoch.")
         self.order.drawn = self.order.start
         for batch in super().__iter__():
             self.order.drawn += 1
@@ -153,14 +160,10 @@ class TrainLoader(DataLoader[Batch]):
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch, the batches already drawn in it, and the settings that this place depends on."""
-        return {"epoch": self.order.epoch, "drawn": self.order.drawn, "of": self._depends_on(self.order)}
+        return {"epoch": self.order.epoch, "drawn": self.order.drawn, "of": self.order.depends_on()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on after the batches that were drawn. With other settings the next iteration raises, unless a new epoch begins first."""
         self.order.epoch = state["epoch"]
         self.order.start = self.order.drawn = state["drawn"]
         self._saved_under = state["of"]
-
-    @staticmethod
-    def _depends_on(order: TrainOrder) -> dict[str, int]:
-        return {"images": order.count, "global_batch": order.batch_size * order.world, "seed": order.seed}
