@@ -36,9 +36,9 @@ class ImageLog(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """One picture every ``every_n_steps``."""
         writer, step = getattr(trainer.logger, "experiment", None), trainer.global_step
-        if not isinstance(pl_module, AdversarialFineTuning) or not hasattr(writer, "add_image") or (step != 1 and step % self.every_n_steps):
+        if not isinstance(pl_module, AdversarialFineTuning) or not hasattr(writer, "add_image"):
             return
-        if step == self.last_step:  # another part of an accumulated step
+        if (step != 1 and step % self.every_n_steps) or step == self.last_step:  # the latter: another part of an accumulated step
             return
         self.last_step = trainer.global_step
         clean_BCHW, adversarial_BCHW = batch.images[: self.images], pl_module.last_adversarial_BCHW
