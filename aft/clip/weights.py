@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +73,7 @@ class ModelSpec:
         if self.image_size is not None and self.image_size < 1:
             raise ConfigError(f"image_size = {self.image_size}: give the side of the square in pixels, such as 224.")
         for name, values, least in (("mean", self.mean, 0.0), ("std", self.std, 1e-4)):
-            if values is not None and (len(values) != 3 or not all(isfinite(value) and least <= value <= 1 for value in values)):
+            if values is not None and (len(values) != 3 or not all(least <= value <= 1 for value in values)):
                 raise ConfigError(
                     f"{name} = {tuple(values)}: give three numbers from {least:g} to 1, for red, green and blue pixels in [0, 1] "
                     "(divide by 255 what is meant for grey levels)."

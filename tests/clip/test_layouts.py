@@ -318,3 +318,9 @@ def test_a_file_with_two_models_is_refused() -> None:
     """Taking prefixes off must not let one overwrite the other."""
     with pytest.raises(WeightsError, match="holds visual.proj twice, once under module.visual.proj"):
         without_prefixes({"visual.proj": 1, "module.visual.proj": 2}, "x.pt")
+
+
+def test_a_compiled_part_inside_a_tower_is_found() -> None:
+    """torch.compile of the transformer alone leaves its mark in the middle of names."""
+    state = {"module.visual.transformer._orig_mod.resblocks.0.ln_1.bias": 1}
+    assert list(without_prefixes(state, "x.pt")) == ["visual.transformer.resblocks.0.ln_1.bias"]
