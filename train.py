@@ -137,7 +137,7 @@ class Main(LightningCLI):
         """What runs, and the settings that decide what it becomes."""
         learns = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         whole = sum(p.numel() for p in self.model.parameters()) / 1e6
-        print(f"{type(self.model).__name__} on {type(self.datamodule).__name__}: {learns:.1f} of {whole:.1f} million parameters learn")
+        print(f"{type(self.model).__name__} on {type(self.datamodule).__name__}: {learns:.3g} of {whole:.3g} million parameters learn")
         for key, value in flat(yaml.safe_load(effective)):
             if value is not None and (
                 key.startswith(("model.", "data.")) or key in ("trainer.max_steps", "trainer.max_epochs", "trainer.precision")
