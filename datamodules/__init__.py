@@ -3,6 +3,7 @@
 from datamodules.captions import Captions
 from datamodules.folder import ImageFolder
 from datamodules.sample import Sample
+from datamodules.shards import Shards
 from datamodules.torchvision_sets import Torchvision
 
-__all__ = ["Captions", "ImageFolder", "Sample", "Torchvision"]
+__all__ = ["Captions", "ImageFolder", "Sample", "Shards", "Torchvision"]

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import argparse
-import io
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from aft.errors import DataError
 from datamodules.folder import class_folder, folders_of
 from datamodules.sources import ZipSource
+from datamodules.writer import write_tar
 
 HERE = Path(__file__).parent / "sample_data"
 PLAN = {"train": (200, 4), "test": (100, 2)}  # photographs a class, shards
@@ -51,19 +50,11 @@ def write_split(source: ZipSource, target: Path, split: str, per_class: int, sha
     paths = []
     for shard in range(shards):
         paths.append(target / f"{split}-{shard:05d}.tar")
-        write_shard(paths[-1], [(source.members[position].rsplit(".", 1)[0], labels[folder], source.read(position))
-                                for folder, position in turns[shard * size:(shard + 1) * size]])
+        part = [(source.members[position].rsplit(".", 1)[0], labels[folder], source.read(position))
+                for folder, position in turns[shard * size:(shard + 1) * size]]
+        write_tar(paths[-1], [(f"{key}.{ending}", data) for key, label, jpeg in part
+                              for ending, data in (("jpg", jpeg), ("cls", str(label).encode()))])
     return paths
-
-
-def write_shard(path: Path, samples: Sequence[tuple[str, int, bytes]]) -> None:
-    """Writes (key, label, JPEG bytes) as ``key.jpg`` and ``key.cls`` to a tar without times or owners."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, label, jpeg in samples:
-            for ending, data in (("jpg", jpeg), ("cls", str(label).encode())):
-                member = tarfile.TarInfo(f"{key}.{ending}")
-                member.size, member.mtime, member.mode = len(data), 0, 0o644
-                tar.addfile(member, io.BytesIO(data))
 
 
 def main(args: Sequence[str] | None = None) -> list[Path]:
