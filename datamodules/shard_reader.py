@@ -6,7 +6,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -108,7 +108,7 @@ def read_shard(location: Location, shard: Shard, first: int, last: int) -> Itera
     stream.close()
 
 
-def samples_of(url: str, note: Callable[[Exception], bool]) -> Iterator[dict[str, object]]:
+def samples_of(url: str, note: Callable[[Exception], bool]) -> Generator[dict[str, object], None, None]:
     """The samples of one tar in order, read as a stream by ``webdataset``.
 
     Args:

@@ -59,7 +59,7 @@ class Shards(ImageData):
         self.locations = {split: Location(path, allow_pipe) for split, path in (("train", train), ("holdout", holdout), ("test", test))
                           if path is not None}
         self.holdout, self.window, self.max_pixels, self.verify = holdout, window, max_pixels, verify
-        self.name = name or PurePosixPath(train.removesuffix("{}")).name
+        self.name: str = name or PurePosixPath(train.removesuffix("{}")).name
         self._manifests: dict[str, Manifest] = {}
         self._stores: dict[str, tuple[ShardIndex, ImageStore]] = {}
 

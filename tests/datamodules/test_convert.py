@@ -50,8 +50,9 @@ def test_the_same_input_gives_the_same_bytes(make_folder, tmp_path: Path, resize
     extra = [] if resize is None else ["--resize", str(resize)]
     for name in ("a", "b"):
         main([folder, str(tmp_path / name), "--per-shard", "5", "--holdout", "3", *extra])
-    main([folder, str(tmp_path / "c"), "--per-shard", "5", "--holdout", "3", "--seed", "1", *extra])
-    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b") != bytes_of(tmp_path / "c")
+    for seed in ("0", "1"):
+        main([folder, str(tmp_path / seed), "--seed", seed, *extra])
+    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b") and bytes_of(tmp_path / "0") != bytes_of(tmp_path / "1")
     assert bytes_of(tmp_path / "a-holdout") == bytes_of(tmp_path / "b-holdout")
     manifest = json.loads((tmp_path / "a" / FILE).read_text())
     assert (manifest["resize"], manifest["quality"]) == (resize, 95 if resize else None)

@@ -297,7 +297,7 @@ def _train(rank: int, folder: str) -> None:
         torch.save(torch.stack(seen), f"{folder}/rank{rank}.pt")
 
 
-@pytest.mark.timeout(240)  # most of it is the import of Lightning by both
+@pytest.mark.timeout(300)  # most of it is the import of Lightning by both
 def test_two_processes_with_bad_shards_end(make_shards, tmp_path: Path) -> None:
     """A truncated tar and a damaged image in the part of one rank: both make 4 whole steps; above the share the job ends with an error."""
     folder = make_shards(replace={"001.png": b""})
