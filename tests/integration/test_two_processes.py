@@ -57,13 +57,25 @@ def running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("settings", [{}], ids=["all"])
-def test_two_processes_take_the_step_of_one(folder: Path, settings: dict[str, Any]) -> None:
-    """Same global batch, float64: the same gradient to 1e-10; the attack's noise does not depend on who computes it."""
-    run("step", 1, folder, file="one.pt", **settings)
-    run("step", 2, folder, file="two.pt", **settings)
-    one, two = (torch.load(folder / name, weights_only=True) for name in ("one.pt", "two.pt"))
-    assert largest_difference(one, two) < 1e-10
+TRAINABLE: list[dict[str, Any]] = [
+    {"name": "all"},
+    {"name": "first", "blocks": 1},
+    {"name": "last", "blocks": 1},
+    {"name": "lora", "rank": 2},
+    {"name": "prompts", "pad": 4, "tokens": 3},
+    {"name": "prompts", "pad": 0, "tokens": 3, "deep": True},
+]
+
+
+def test_two_processes_and_two_parts_take_the_step_of_one(folder: Path) -> None:
+    """Same global batch, float64: the same gradient to 1e-10 whatever learns; the attack's noise does not depend on who computes it."""
+    run("step", 1, folder, file="one", parts=1, trainable=TRAINABLE)
+    run("step", 2, folder, file="two", parts=1, trainable=TRAINABLE)
+    run("step", 1, folder, file="parts", parts=2, trainable=TRAINABLE)
+    for place in range(len(TRAINABLE)):
+        one, two, parts = (torch.load(folder / f"{name}-{place}.pt", weights_only=True) for name in ("one", "two", "parts"))
+        assert max(float(value.abs().max()) for value in one.values()) > 0
+        assert largest_difference(one, two) < 1e-10 and largest_difference(one, parts) < 1e-10, TRAINABLE[place]
 
 
 def test_sigterm_to_one_of_two_ends_both_with_a_checkpoint(folder: Path) -> None:

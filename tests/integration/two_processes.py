@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from aft.attacks import PGD
 from aft.batch import Batch
-from aft.clip import ModelSpec, weights
+from aft.clip import ModelSpec, TrainableSpec, weights
 from aft.methods import OptimizerSpec, TeCoA
 from callbacks import AtomicCheckpointIO, Interruption
 from tests.conftest import MemoryData
@@ -54,7 +54,9 @@ class Spoil(L.Callback):
         pl_module.logit_scale = float("nan") if trainer.global_rank == 1 and trainer.global_step == 1 else 10.0
 
 
-def fit(devices: int, folder: Path, steps: int, callbacks: list[L.Callback], **settings: Any) -> tuple[TeCoA, L.Trainer]:
+def fit(
+    devices: int, folder: Path, steps: int, callbacks: list[L.Callback], data: Split | None = None, **settings: Any
+) -> tuple[TeCoA, L.Trainer]:
     """TeCoA on the tiny model in float64, by plain gradient descent with rate 1."""
     trainer_settings = settings.pop("trainer", {})
     method = TeCoA(
@@ -67,26 +69,36 @@ def fit(devices: int, folder: Path, steps: int, callbacks: list[L.Callback], **s
         use_distributed_sampler=False, default_root_dir=str(folder), callbacks=callbacks, plugins=[AtomicCheckpointIO()],
         **{"enable_checkpointing": False, **trainer_settings},
     )  # fmt: skip
-    trainer.fit(method, datamodule=Split(count=24, batch_size=8, dtype=torch.float64))
+    trainer.fit(method, datamodule=data or Split(count=24, batch_size=8, dtype=torch.float64))
     return method, trainer
 
 
 def step(devices: int, folder: Path, settings: dict[str, Any]) -> None:
-    """One step; rank 0 stores what it added to each trained parameter."""
-    name = settings.pop("file")
-    before: dict[str, torch.Tensor] = {}
+    """One step for each choice of what learns; rank 0 stores what it added to each trained parameter."""
+    for place, trainable in enumerate(settings["trainable"]):
+        before = Before()
+        data = Split(count=24, batch_size=8 // settings["parts"], dtype=torch.float64)
+        accumulated = {"accumulate_grad_batches": settings["parts"]}
+        method, trainer = fit(devices, folder, 1, [before], data, trainer=accumulated, trainable=TrainableSpec(**trainable))
+        if trainer.global_rank == 0:
+            now = dict(method.named_parameters())
+            added = {key: now[key].detach() - value for key, value in before.weights.items()}
+            torch.save(added, folder / f"{settings['file']}-{place}.pt")
 
-    class Before(L.Callback):
-        """The weights before the first step."""
 
-        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            """Keeps them."""
-            before.update({key: p.detach().clone() for key, p in pl_module.named_parameters() if p.requires_grad})
+class Before(L.Callback):
+    """The trained weights before the first step; LoRA's second factor starts at zero, so it is moved first."""
 
-    method, trainer = fit(devices, folder, 1, [Before()], **settings)
-    if trainer.global_rank == 0:
-        now = dict(method.named_parameters())
-        torch.save({key: now[key].detach() - value for key, value in before.items()}, folder / name)
+    def __init__(self) -> None:
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keeps them."""
+        for key, p in pl_module.named_parameters():
+            if p.requires_grad:
+                if key.endswith("up_OR"):
+                    p.data.copy_(torch.linspace(-0.1, 0.1, p.numel()).view_as(p))
+                self.weights[key] = p.detach().clone()
 
 
 def endless(devices: int, folder: Path, settings: dict[str, Any]) -> None:
