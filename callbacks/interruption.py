@@ -39,7 +39,7 @@ class Interruption(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes the signals over from Lightning, which has just set its own handlers."""
-        self.last_step = trainer.global_step
+        self.asked, self.last_step = 0, trainer.global_step
         if trainer.world_size > 1:
             self.group = dist.new_group(backend="gloo")
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # a wait for the GPU in every step

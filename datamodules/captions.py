@@ -17,6 +17,7 @@ from aft.errors import DataError, unknown_name
 from datamodules.common import ImageData
 from datamodules.images import load
 from datamodules.order import Batches, TrainLoader, TrainOrder
+from datamodules.sources import FilesBelow
 
 ENDINGS = (".csv", ".tsv", ".json", ".jsonl")
 
@@ -73,7 +74,7 @@ class Captions(ImageData):
         return []
 
 
-class CaptionSource:
+class CaptionSource(FilesBelow):
     """The images of a table, in its order; a position is the stable number of a sample. A ``datamodules.sources.Source``.
 
     Args:
@@ -94,17 +95,6 @@ class CaptionSource:
         if absent:
             raise DataError(f"{len(absent)} of {len(self.members)} images of {str(table)!r} are not in {str(self.root)!r} "
                             f"({', '.join(absent[:5])}): give the folder that the paths start from (images), or take the rows out.")
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def name(self, position: int) -> str:
-        """Path of the file."""
-        return str(self.root / self.members[position])
-
-    def read(self, position: int) -> bytes:
-        """The encoded bytes of one file."""
-        return (self.root / self.members[position]).read_bytes()
 
 
 def read_table(path: str | Path, image_column: str = "image", caption_column: str = "caption") -> list[tuple[str, str]]:

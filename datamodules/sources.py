@@ -26,7 +26,25 @@ class Source(Protocol):
         """The encoded bytes; safe to call from several threads and from forked processes."""
 
 
-class FolderSource:
+class FilesBelow:
+    """Files by their paths below a root."""
+
+    root: Path
+    members: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def name(self, position: int) -> str:
+        """Path of the file, the root included."""
+        return str(self.root / self.members[position])
+
+    def read(self, position: int) -> bytes:
+        """The encoded bytes of one file."""
+        return (self.root / self.members[position]).read_bytes()
+
+
+class FolderSource(FilesBelow):
     """``ROOT/CLASS/anything.jpg``, sorted by class folder, then by path.
 
     Args:
@@ -44,17 +62,6 @@ class FolderSource:
         found = [str(PurePosixPath(*Path(base, file).relative_to(self.root).parts))
                  for folder in folders for base, _, files in os.walk(self.root / folder, followlinks=True) for file in files]
         self.members = image_members(found, folders, str(root))
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def name(self, position: int) -> str:
-        """Path of the file, the root included."""
-        return str(self.root / self.members[position])
-
-    def read(self, position: int) -> bytes:
-        """The encoded bytes of one file."""
-        return (self.root / self.members[position]).read_bytes()
 
 
 class ZipSource:

@@ -166,6 +166,7 @@ def _output_of(module: nn.Module) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        """The hook."""
         seen.append(output)
 
     handle = module.register_forward_hook(keep)

@@ -159,6 +159,7 @@ class AdversarialFineTuning(L.LightningModule):
 
     def _class_objective(self, text_KD: Tensor, labels_B: Tensor) -> ClassificationObjective:
         def logits(images_BCHW: Tensor) -> Tensor:
+            """Over the bank, ``[B, K]``."""
             return self.model.logits(self.model.encode(images_BCHW), text_KD, self.logit_scale)
 
         return ClassificationObjective(logits, labels_B, modules=(self.model,))
