@@ -22,6 +22,7 @@ from aft.attacks import Attack
 from aft.clip import ModelSpec, TrainableSpec
 from aft.errors import AftError, ConfigError, RunError
 from aft.methods import AdversarialFineTuning, OptimizerSpec
+from aft.methods.distributed import leave_process_group
 from aft.settings import dropped_settings, explain, flat, new_differences, underlying
 from callbacks import TerminalProgress
 
@@ -233,3 +234,5 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped: go on with the same command and --ckpt_path last")
+    finally:
+        leave_process_group()

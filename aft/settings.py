@@ -39,6 +39,9 @@ def explain(message: str, parser: Any, bases: Iterable[type] = ()) -> str:
     ours = re.search(r"unknown (?:option|setting|class) '[^']*': (?:did you mean [^?]*\?|see --help for what is allowed\.)", text)
     if ours:  # a nested parser has explained it already
         return ours.group()
+    refused = re.search(r"Errors: - (?!Expected |Parser key |Does not |Problem )(.+?) - Expected a <class 'NoneType'>", text)
+    if refused:  # a class of ours refused the value, the parser then tried null
+        return refused[1]
     choice = re.search(r"Expected a typing\.Literal\[([^\]]*)\]\. Got value: (\S+)", text)
     if choice:
         key = re.findall(r'Parser key "([\w.]+)"', text[: choice.start()])[-1:] or ["this setting"]

@@ -79,6 +79,7 @@ def test_a_run_folder_belongs_to_one_run(config: Path, tmp_path: Path) -> None:
         (["--model.init_args.terms={alignmnt: {}}"], r"did you mean 'alignment'"),
         (["--model.init_args.clip.pretrained=nowhere.ckpt"], r"no weights file at nowhere.ckpt"),
         (["--data.init_args.train_classes=[cat, dgo]"], r"did you mean 'dog'"),
+        (["--model.init_args.trainable.name=lorra"], r"^unknown value of trainable.name 'lorra': did you mean 'lora'\?[^-]*$"),
     ],
 )
 def test_bad_arguments_are_named(config: Path, arguments: list[str], words: str) -> None:

@@ -18,6 +18,7 @@ from aft.attacks import PGD
 from aft.batch import Batch
 from aft.clip import ModelSpec, TrainableSpec, weights
 from aft.methods import OptimizerSpec, TeCoA
+from aft.methods.distributed import leave_process_group
 from callbacks import AtomicCheckpointIO, Interruption
 from tests.conftest import MemoryData
 from train import DDP
@@ -116,4 +117,7 @@ def spoiled(devices: int, folder: Path, settings: dict[str, Any]) -> None:
 if __name__ == "__main__":
     job, devices, folder, settings = sys.argv[1:]
     weights.EMBEDDED["tiny"] = Path(folder) / "tiny"
-    {"step": step, "endless": endless, "spoiled": spoiled}[job](int(devices), Path(folder), json.loads(settings))
+    try:
+        {"step": step, "endless": endless, "spoiled": spoiled}[job](int(devices), Path(folder), json.loads(settings))
+    finally:
+        leave_process_group()

@@ -17,7 +17,7 @@ from aft.clip import ModelSpec
 from aft.errors import ConfigError, DataError
 from aft.losses import caption_contrast
 from aft.methods import ContrastivePretraining, OptimizerSpec
-from aft.methods.distributed import gather_with_gradient
+from aft.methods.distributed import gather_with_gradient, leave_process_group
 from aft.methods.terms import truth_of_captions
 from tests.conftest import Calls, MemoryData, make_trainer
 
@@ -104,6 +104,14 @@ def _global_loss(rank: int, world: int, folder: str) -> None:
     torch.distributed.all_reduce(weight.grad)  # DDP's mean
     torch.save((loss.detach(), weight.grad / world), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def test_a_program_that_trained_leaves_its_process_group(tmp_path: Path) -> None:
+    """Threads of gloo that outlive the interpreter end a good run with exit code -6; without a group nothing happens."""
+    leave_process_group()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/rendezvous")
+    leave_process_group()
+    assert not torch.distributed.is_initialized()
 
 
 def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
