@@ -17,7 +17,7 @@ class ImageData(lightning.LightningDataModule):
         batch_size: images a process and step.
         augment: of training images: ``none``, ``flip`` (left to right), ``crop_flip`` (shifted crop, then flip).
         padding: largest shift of the crop, pixels; what comes in is the reflection.
-        seed: of the order, the augmentation and the choice of held-out images.
+        seed: of the order and the augmentation.
         image_size: side to resize and crop every image to, pixels; none: all images have one size already.
         templates: prompts with one ``{}`` each.
         cache_bytes: a split is held decoded in memory up to this size, bytes; beyond it each access decodes.

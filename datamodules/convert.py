@@ -17,7 +17,7 @@ import torch
 
 from aft.errors import AftError, ConfigError, DataError
 from datamodules import class_names
-from datamodules.base import choose_in_turn
+from datamodules.base import HOLDOUT_SEED, choose_in_turn
 from datamodules.captions import ENDINGS, CaptionSource
 from datamodules.folder import ImageFolder
 from datamodules.manifest import FILE, Location, Manifest, Shard, read, sha256
@@ -53,7 +53,7 @@ def convert(source: str, out: str, recipe: Recipe, *, holdout: int = 0, classes:
         raise ConfigError(f"--holdout {holdout}: captions have no classes to validate on; leave it out.")
     parts = [task.positions]
     if holdout:
-        held = choose_in_turn(torch.tensor(task.labels), torch.arange(len(task.positions)), holdout, recipe.seed).tolist()
+        held = choose_in_turn(torch.tensor(task.labels), torch.arange(len(task.positions)), holdout, HOLDOUT_SEED).tolist()
         parts = [[p for p in task.positions if not held[p]], [p for p in task.positions if held[p]]]
         if not parts[0]:
             raise ConfigError(f"--holdout {holdout} takes all {len(task.positions)} images: hold out fewer.")
@@ -135,7 +135,7 @@ def main(args: Sequence[str] | None = None) -> list[Path]:
     parser.add_argument("--resize", type=int, help="reduce larger images to this shorter side, pixels; without it files stay as they are")
     parser.add_argument("--quality", type=int, default=95, help="of JPEGs that are written anew, 1 to 100")
     parser.add_argument("--holdout", type=int, default=0, help="images to put into OUT-holdout, balanced over the classes")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the samples and of the held-out choice")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the samples")
     parser.add_argument("--max-bad-share", type=float, default=0.01, help="largest share of damaged images to leave out")
     parser.add_argument("--classes", default="auto", help="file with the class names; auto: classes.json beside the folder, else its names")
     parser.add_argument("--images", help="folder that the paths in a table start from; without it, the table's own")

@@ -58,7 +58,7 @@ def test_it_is_class_data(make_folder) -> None:
 
 
 def test_holdout_is_disjoint_balanced_nested_and_stable(make_folder) -> None:
-    """Held-out images are never trained on; the choice depends on the seed and the images' numbers only."""
+    """Held-out images are never trained on; the choice depends on the images' numbers only: another seed, later, trains on none of them."""
     folder = str(make_folder(per_class=10))
 
     def parts(holdout: int, **settings: object) -> tuple[EvaluationSet, EvaluationSet]:
@@ -69,7 +69,7 @@ def test_holdout_is_disjoint_balanced_nested_and_stable(make_folder) -> None:
     assert not set(held.index_N.tolist()) & set(trained.index_N.tolist()) and len(held) + len(trained) == 30
     assert held.labels_N.bincount().tolist() == [3, 3, 3]
     assert torch.equal(held.index_N, parts(9)[0].index_N) and set(parts(4)[0].index_N.tolist()) < set(held.index_N.tolist())
-    assert not torch.equal(held.index_N, parts(9, seed=1)[0].index_N)
+    assert torch.equal(held.index_N, parts(9, seed=1)[0].index_N)
     cats = set(held.index_N[held.labels_N == 0].tolist())
     fewer = parts(6, train_classes=["dog", "cat"])[0]
     assert set(fewer.index_N[fewer.labels_N == 1].tolist()) == cats
