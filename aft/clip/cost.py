@@ -34,9 +34,16 @@ class TowerCost:
         """Backward to the weights, pixels without gradient: ``(2 - p) F``."""
         return (2 - self.patch_share) * self.forward
 
-    def fine_tuning_step(self, attack_steps: int) -> float:
-        """An adversarial fine-tuning step of one adversarial view (TeCoA): ``k (F + (1 + a) F) + F + (2 - p) F``."""
-        return attack_steps * (self.forward + self.input_gradient) + self.forward + self.weight_gradient
+    def fine_tuning_step(self, attack_steps: int, trained: int = 1, frozen: int = 0) -> float:
+        """A step of adversarial fine-tuning: ``k (F + (1 + a) F) + trained (F + (2 - p) F) + frozen F``.
+
+        Args:
+            attack_steps: k, gradient steps of the attack.
+            trained: forwards whose weights get a gradient: the adversarial view, and the clean one where a term asks for it.
+            frozen: forwards without one: the teacher's, the student's own as a constant.
+        """
+        attack = attack_steps * (self.forward + self.input_gradient)
+        return attack + trained * (self.forward + self.weight_gradient) + frozen * self.forward
 
 
 def vit_cost(config: Mapping[str, Any]) -> TowerCost:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aft.clip.prompts import fill_templates, text_hash
+from aft.clip.text_transform import TextTransform
 from aft.clip.towers import encode_with_tokens
 from aft.errors import ConfigError
 
@@ -39,7 +40,7 @@ class ModelRecord:
         logit_scale: the factor on cosines, ``exp`` of the trained parameter.
         method: the recipe that trained it, ``none`` before any adversarial fine-tuning.
         eps_trained: radius that it was trained with, in pixel units; none for an undefended model.
-        text_transform: what happens to text embeddings.
+        text_transform: what happens to class texts: ``identity``, ``expansion`` or ``residual`` (:mod:`aft.clip.text_transform`).
         trainable: what the fine-tuning trained (:class:`aft.clip.trainable.TrainableSpec`'s settings); none for a base model.
         prompts: settings of the visual prompts that are part of the tower; none for a plain one.
     """
@@ -76,8 +77,18 @@ class Encoding:
     @cached_property
     def unit_BD(self) -> Tensor:
         """The embedding as fp32 (or wider) unit vectors."""
-        embedding_BD = self.embedding_BD if self.embedding_BD.dtype == torch.float64 else self.embedding_BD.float()
-        return F.normalize(embedding_BD, dim=-1)
+        return F.normalize(at_least_fp32(self.embedding_BD), dim=-1)
+
+    @property
+    def precise(self) -> Encoding:
+        """The same in fp32 or wider, whatever the tower ran in."""
+        tokens = self.tokens_BND
+        return Encoding(at_least_fp32(self.embedding_BD), None if tokens is None else at_least_fp32(tokens))
+
+
+def at_least_fp32(value: Tensor) -> Tensor:
+    """fp64 as it is, all other types as fp32."""
+    return value if value.dtype == torch.float64 else value.float()
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -103,11 +114,15 @@ class ZeroShotModel(nn.Module):
         clip: an open_clip model (``encode_text``, ``visual``, ``logit_scale``).
         tokenizer: texts -> ``int64 [n, context]``.
         record: resolution, normalisation, activation and where the weights came from.
+        text_transform: what class texts go through after the text tower; none means nothing.
     """
 
-    def __init__(self, clip: nn.Module, tokenizer: Callable[[list[str]], Tensor], record: ModelRecord) -> None:
+    def __init__(
+        self, clip: nn.Module, tokenizer: Callable[[list[str]], Tensor], record: ModelRecord, text_transform: TextTransform | None = None
+    ) -> None:
         super().__init__()
         self.clip = clip
+        self.text_transform = text_transform or TextTransform()
         self.tokenizer = tokenizer
         self.record = record
         self._banks: dict[str, Tensor] = {}
@@ -121,6 +136,13 @@ class ZeroShotModel(nn.Module):
         tower = self.clip.visual
         assert isinstance(tower, nn.Module)
         return tower
+
+    @property
+    def width(self) -> int:
+        """D, the width of the joint space."""
+        width = self.record.config["embed_dim"]
+        assert isinstance(width, int)
+        return width
 
     @property
     def text_parameters(self) -> list[nn.Parameter]:
@@ -158,7 +180,14 @@ class ZeroShotModel(nn.Module):
         return F.normalize(torch.cat(embedded).float() if embedded[0].dtype != torch.float64 else torch.cat(embedded), dim=-1)
 
     def text_bank(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """One unit vector a class: the normalised mean over templates of unit prompt embeddings, ``[K, D]``, detached.
+        """One unit vector a class, as the model classifies with it: ``text_transform(raw_bank)``, ``[K, D]``, detached."""
+        raw_KD = self.raw_bank(names, templates)
+        with torch.inference_mode(False), torch.no_grad():
+            transformed: Tensor = self.text_transform(raw_KD)
+            return transformed
+
+    def raw_bank(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Before any text transformation: the normalised mean over templates of unit prompt embeddings, ``[K, D]``, detached.
 
         Kept while the text tower is frozen, by a hash of names and templates and the state of its weights: the tower runs once a list.
         """

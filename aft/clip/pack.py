@@ -25,10 +25,12 @@ def pack(model: ZeroShotModel, folder: Path) -> str:
         sha256 of the weights file.
 
     Raises:
-        ConfigError: the model has visual prompts, which this layout has no place for.
+        ConfigError: the model has visual prompts or a text transformation, which this layout has no place for.
     """
     if model.record.prompts is not None:
         raise ConfigError(f"{model.record.name} has visual prompts {model.record.prompts}: open_clip's layout cannot hold them.")
+    if model.text_transform.name != "identity":
+        raise ConfigError(f"{model.record.name} has text_transform {model.text_transform.name}: open_clip's layout cannot hold it.")
     folder.mkdir(parents=True, exist_ok=True)
     preprocess = {"mean": list(model.record.mean), "std": list(model.record.std), "interpolation": "bicubic", "resize_mode": "squash"}
     config = {"model_cfg": model.record.config, "preprocess_cfg": preprocess}

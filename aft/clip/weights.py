@@ -30,6 +30,7 @@ from aft.clip.files import SUFFIXES, file_hash, load_strictly, read_file, weight
 from aft.clip.fit import INPUT, Sizes, check_fit, sizes_of_config, sizes_of_state
 from aft.clip.layouts import Layout, detect
 from aft.clip.model import ModelRecord, ZeroShotModel, state_hash
+from aft.clip.text_transform import stored_transform
 from aft.clip.trainable import as_trained
 from aft.errors import ConfigError, WeightsError
 
@@ -92,7 +93,7 @@ def load_model(spec: ModelSpec | str = ModelSpec()) -> ZeroShotModel:
     spec = ModelSpec(spec) if isinstance(spec, str) else spec
     with torch.random.fork_rng(devices=[]):  # building draws initial values; callers' random streams stay where they are
         model = _adjusted(_load(spec), spec)
-    for parameter in [*model.text_parameters, model.clip.get_parameter("logit_scale")]:
+    for parameter in [*model.text_parameters, *model.text_transform.parameters(), model.clip.get_parameter("logit_scale")]:
         parameter.requires_grad_(False)
     return model.float().eval()
 
@@ -125,7 +126,8 @@ def _adjusted(model: ZeroShotModel, spec: ModelSpec) -> ZeroShotModel:
     if spec.image_size is not None and spec.image_size != record.resolution:
         regrid(model.clip, spec.image_size)
         record = replace(record, resolution=spec.image_size, config=_with_size(record.config, spec.image_size))
-    return ZeroShotModel(model.clip, model.tokenizer, replace(record, mean=spec.mean or record.mean, std=spec.std or record.std))
+    record = replace(record, mean=spec.mean or record.mean, std=spec.std or record.std)
+    return ZeroShotModel(model.clip, model.tokenizer, record, model.text_transform)
 
 
 def _random(spec: ModelSpec) -> ZeroShotModel:
@@ -223,14 +225,16 @@ def _from_checkpoint(path: Path, contents: Mapping[str, Any], spec: ModelSpec) -
     stored = header["model"]
     record = ModelRecord(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
     clip = build_clip(record.config, spec.patch_dropout)
-    prefix = "model.clip."
-    state = {key.removeprefix(prefix): value for key, value in contents["state_dict"].items() if key.startswith(prefix)}
     with as_trained(clip.get_submodule("visual"), record):
-        load_strictly(clip, state, str(path))
+        load_strictly(clip, _below("model.clip.", contents["state_dict"]), str(path))
     scale = float(clip.get_parameter("logit_scale").detach().exp())
-    return ZeroShotModel(
-        clip, tokenizer_of(record.name, record.config), replace(record, layout="aft", sha256=file_hash(path), logit_scale=scale)
-    )
+    record = replace(record, layout="aft", sha256=file_hash(path), logit_scale=scale)
+    transform = stored_transform(record.text_transform, _below("model.text_transform.", contents["state_dict"]))
+    return ZeroShotModel(clip, tokenizer_of(record.name, record.config), record, transform)
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def checkpoint_header(
@@ -240,7 +244,9 @@ def checkpoint_header(
     record = model.record
     base = None if record.layout == "random" else record.sha256
     learned = None if trainable is None else dict(trainable)
-    changed = replace(record, method=method, eps_trained=eps_trained, base_sha256=base, trainable=learned)
+    changed = replace(
+        record, method=method, eps_trained=eps_trained, base_sha256=base, trainable=learned, text_transform=model.text_transform.name
+    )
     return {"schema": CHECKPOINT_SCHEMA, "model": asdict(changed)}
 
 

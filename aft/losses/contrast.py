@@ -28,8 +28,24 @@ def caption_contrast(logits_BM: Tensor, true_BM: Tensor) -> Tensor:
     return (_one_direction(logits_BM, true_BM) + _one_direction(logits_BM.T, true_BM.T)) / 2
 
 
-def _one_direction(logits_BM: Tensor, true_BM: Tensor) -> Tensor:
+def image_to_caption(logits_BM: Tensor, true_BM: Tensor) -> Tensor:
+    """The image-to-text half, one value an image: ``-(1/|P_i|) sum_{m in P_i} log softmax_m(logits_i)[m]``; 0 without a true caption.
+
+    Args:
+        logits_BM: logit scale times cosines of images and captions.
+        true_BM: bool, whether the caption is true of the image.
+
+    Returns:
+        ``[B]``, in nats.
+
+    Example:
+        >>> import torch
+        >>> image_to_caption(torch.zeros(1, 4), torch.tensor([[True, True, False, False]])).exp()
+        tensor([4.])
+    """
     weight_BM = true_BM.to(logits_BM.dtype)
-    count_B = weight_BM.sum(1)
-    each_B = -(weight_BM * logits_BM.log_softmax(1)).sum(1) / count_B.clamp_min(1)
-    return each_B.sum() / (count_B > 0).sum().clamp_min(1)
+    return -(weight_BM * logits_BM.log_softmax(1)).sum(1) / weight_BM.sum(1).clamp_min(1)
+
+
+def _one_direction(logits_BM: Tensor, true_BM: Tensor) -> Tensor:
+    return image_to_caption(logits_BM, true_BM).sum() / true_BM.any(1).sum().clamp_min(1)

@@ -5,7 +5,7 @@ Shapes: B images, K classes, M captions, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 
 import torch
@@ -13,7 +13,33 @@ from torch import Tensor
 
 from aft.batch import Batch
 from aft.clip import Encoding, ZeroShotModel
-from aft.errors import ConfigError, DataError
+from aft.errors import ConfigError, DataError, unknown_name
+from aft.methods.captions import Captions
+
+
+class TextBanks(Mapping[str, Tensor]):
+    """Detached text banks by name, each made when it is first asked for.
+
+    Args:
+        makers: functions that give ``[K, D]`` (``descriptions``: ``[K, n, D]``).
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = makers
+        self._made: dict[str, Tensor] = {}
+
+    def __getitem__(self, bank: str) -> Tensor:
+        if bank not in self._makers:
+            raise ConfigError(unknown_name("text bank of this method", bank, self._makers))
+        if bank not in self._made:
+            self._made[bank] = self._makers[bank]().detach()
+        return self._made[bank]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 class Targets:
@@ -23,9 +49,11 @@ class Targets:
         batch: images, labels or captions.
         student: the model being trained (its own clean encoding in eval mode is a target: ``student_clean``).
         text: detached text banks, ``[K, D]`` each, by name.
+        captions: the captions of this step; none where the method learns from classes.
         teacher: the frozen base model; none where no term needs it.
         logit_scale: a fixed factor on cosines; none means the model's own.
         tokens: whether encodings carry patch tokens.
+        samples_per_step: images of one optimiser step over all processes: what a sum in released code runs over.
     """
 
     def __init__(
@@ -34,21 +62,28 @@ class Targets:
         *,
         student: ZeroShotModel,
         text: Mapping[str, Tensor],
+        captions: Captions | None = None,
         teacher: ZeroShotModel | None = None,
         logit_scale: float | None = None,
         tokens: bool = False,
+        samples_per_step: int | None = None,
     ) -> None:
         self.images = batch.images
         self.index = batch.index
         self.text = text
         self.logit_scale = logit_scale
         self.tokens = tokens
-        self.caption_texts: Sequence[str] | None = batch.captions
-        self.caption_truth_BM: Tensor | None = None
+        self.captions = captions
+        self.samples_per_step = samples_per_step or len(batch.images)
         self.adversarial_BCHW: Tensor | None = None
         self._labels = batch.labels
         self._student = student
         self._teacher = teacher
+
+    @property
+    def resolution(self) -> int:
+        """Side of the square that the tower sees, in pixels."""
+        return self._student.record.resolution
 
     @property
     def labels(self) -> Tensor:
@@ -65,6 +100,22 @@ class Targets:
     def has_labels(self) -> bool:
         """Whether the batch is labelled."""
         return self._labels is not None
+
+    @property
+    def caption_truth_BM(self) -> Tensor:
+        """Which captions are true of which image, ``bool [B, M]``.
+
+        Raises:
+            ConfigError: the method makes no captions.
+        """
+        if self.captions is None:
+            raise ConfigError("a term asks for captions, and this method makes none: use AdvFLYP or ContrastivePretraining.")
+        return self.captions.truth_BM
+
+    def logits(self, encoding: Encoding, bank: str = "class", logit_scale: float | None = None) -> Tensor:
+        """Constant logits of a constant encoding over a detached bank, ``[B, K]``, at the method's scale unless another is given."""
+        scale = self.logit_scale if logit_scale is None else logit_scale
+        return self._student.logits(encoding, self.text[bank], scale).detach()
 
     @cached_property
     def teacher_clean(self) -> Encoding:
@@ -99,10 +150,4 @@ class Targets:
 
     def _frozen_encoding(self, model: ZeroShotModel, images_BCHW: Tensor) -> Encoding:
         with torch.no_grad():
-            encoding = model.encode(images_BCHW, tokens=self.tokens)
-        tokens = encoding.tokens_BND
-        return Encoding(_at_least_fp32(encoding.embedding_BD), None if tokens is None else _at_least_fp32(tokens))
-
-
-def _at_least_fp32(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float64 else value.float()
+            return model.encode(images_BCHW, tokens=self.tokens).precise

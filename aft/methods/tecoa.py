@@ -31,4 +31,4 @@ class TeCoA(AdversarialFineTuning):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        need_attack(self.attack, "TeCoA")
+        need_attack(self.attack, type(self).__name__)

@@ -8,9 +8,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from aft.errors import ConfigError, unknown_name
@@ -45,11 +44,14 @@ class Term:
 
     Subclasses add typed settings, say what they ``need``, and compute a scalar from targets and views.
     ``couples_batch`` marks a loss in which samples see each other, so that the global batch defines it.
+    A term with parameters is an ``nn.Module`` too: they are in DDP and in the checkpoint, and in the method's optimiser unless
+    ``steps_itself``; then ``after_step`` moves them. ``figures`` holds what it wants logged of its last call.
     """
 
     weight: Weight = 1.0
     needs: ClassVar[frozenset[str]] = frozenset()
     couples_batch: ClassVar[bool] = False
+    steps_itself: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.weight, Mapping):
@@ -60,12 +62,21 @@ class Term:
         numbers = (self.weight.start, self.weight.end, self.weight.steps) if isinstance(self.weight, Ramp) else (self.weight,)
         if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
             raise ConfigError(f"weight = {self.weight} is not a finite number: write a number, or a ramp with start, end and steps.")
+        if min(numbers) < 0:
+            raise ConfigError(f"weight = {self.weight} is negative: a term is made smaller; give 0 or more.")
+        self.figures: dict[str, Tensor] = {}
         if not self.needs <= NEEDS:
             raise ConfigError(unknown_name(f"need of {type(self).__name__}", min(self.needs - NEEDS), NEEDS))
 
     def weight_at(self, step: int) -> float:
         """The factor at an optimiser step."""
         return self.weight.at(step) if isinstance(self.weight, Ramp) else float(self.weight)
+
+    def prepare(self, width: int, seed: int) -> None:
+        """Makes what depends on the embedding's width, before the optimiser is built."""
+
+    def after_step(self, step: int) -> None:
+        """Called after each optimiser step, ``step`` of which are done."""
 
     def __call__(self, targets: Targets, views: Views) -> Tensor:
         """The unweighted scalar loss."""
@@ -74,14 +85,26 @@ class Term:
 
 @dataclass(eq=False)
 class Alignment(Term):
-    """Cross-entropy of the adversarial image to its class text (TeCoA, arXiv 2212.07016)."""
+    """Cross-entropy of the adversarial image (or of the clean one) to its class text (TeCoA, arXiv 2212.07016)."""
 
     bank: str = "class"
+    image: Literal["adversarial", "clean"] = "adversarial"
     needs: ClassVar[frozenset[str]] = frozenset({"labels"})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("image", self.image, ("adversarial", "clean"))
+
     def __call__(self, targets: Targets, views: Views) -> Tensor:
-        """``alignment(logits(adversarial), labels)``."""
-        return alignment(views.logits(views.adversarial, self.bank), targets.labels)
+        """``alignment(logits(image), labels)``."""
+        encoding = views.clean if self.image == "clean" else views.adversarial
+        return alignment(views.logits(encoding, self.bank), targets.labels)
+
+
+def one_of(name: str, given: object, allowed: Iterable[str]) -> None:
+    """Raises ConfigError for a setting that is none of the values allowed, with near matches."""
+    if given not in tuple(allowed):
+        raise ConfigError(unknown_name(name, str(given), allowed))
 
 
 @dataclass(eq=False)
@@ -94,8 +117,6 @@ class CaptionContrast(Term):
     def __call__(self, targets: Targets, views: Views) -> Tensor:
         """``caption_contrast(logits(images, captions), truth)`` with images of all ranks."""
         truth_BM = targets.caption_truth_BM
-        if truth_BM is None:
-            raise ConfigError("caption_contrast has no captions: train with ContrastivePretraining, or on data with captions.")
         everywhere = dataclasses.replace(views.adversarial, embedding_BD=gather_with_gradient(views.adversarial.embedding_BD))
         return caption_contrast(views.logits(everywhere, "captions"), gather_with_gradient(truth_BM.float()) > 0.5)
 
@@ -163,10 +184,3 @@ def build_terms(defaults: Mapping[str, Term], overrides: Mapping[str, Mapping[st
 def all_needs(terms: Iterable[Term]) -> frozenset[str]:
     """The union of what terms need."""
     return frozenset().union(*(term.needs for term in terms))
-
-
-def truth_of_captions(captions: list[str], device: torch.device) -> Tensor:
-    """Which captions of a batch are true of which image: its own, and every equal text. ``bool [B, B]``."""
-    numbers: dict[str, int] = {}
-    ids_B = torch.tensor([numbers.setdefault(text, len(numbers)) for text in captions], device=device)
-    return ids_B[:, None] == ids_B[None, :]

@@ -17,8 +17,8 @@ from aft.clip import ModelSpec
 from aft.errors import ConfigError, DataError
 from aft.losses import caption_contrast
 from aft.methods import ContrastivePretraining, OptimizerSpec
+from aft.methods.captions import drawn_captions, given_captions
 from aft.methods.distributed import gather_with_gradient, leave_process_group
-from aft.methods.terms import truth_of_captions
 from tests.conftest import Calls, MemoryData, make_trainer
 
 
@@ -28,20 +28,23 @@ def pretraining(**settings: Any) -> ContrastivePretraining:
 
 
 @pytest.mark.parametrize("per", ["class", "image"])
-def test_a_caption_is_true_of_every_class_that_has_its_phrase(data: MemoryData, tmp_path: Path, per: str) -> None:
+def test_a_caption_is_true_of_every_class_that_has_its_phrase(data: MemoryData, per: str) -> None:
     """``thing`` is true of all three classes, a name of one; the words of the caption hold the phrase."""
-    method = pretraining(captions_per=per, name_share=0.3)
-    method._trainer = make_trainer(tmp_path)
-    method._trainer.datamodule = data  # type: ignore[attr-defined]
     labels = data.batches()[0].labels
     assert labels is not None
-    texts, truth = method._draw_captions(labels)
-    assert len(texts) == (3 if per == "class" else len(labels)) and truth.shape == (len(texts), 3)
-    own = torch.arange(3) if per == "class" else labels
-    assert truth[torch.arange(len(texts)), own].all()
-    for text, row in zip(texts, truth, strict=True):
-        assert (row.sum() == 3) == ("thing" in text)
-    assert method._draw_captions(labels)[0] == texts  # a function of seed and step alone
+    keys = "0/0" if per == "class" else [f"0/0/{i}" for i in range(len(labels))]
+    captions = drawn_captions(data.class_phrases, labels, keys, ("a photo of a {}.", "{}"), 0.3)
+    texts, truth = captions.texts, captions.truth_BM
+    assert len(texts) == (3 if per == "class" else len(labels)) and truth.shape == (len(labels), len(texts))
+    own = labels if per == "class" else torch.arange(len(labels))
+    assert truth[torch.arange(len(labels)), own].all()
+    for text, column in zip(texts, truth.T, strict=True):
+        true_of = {int(y) for y in labels[column]}
+        assert true_of == {0, 1, 2} if "thing" in text else len(true_of) == 1
+    again = drawn_captions(data.class_phrases, labels, keys, ("a photo of a {}.", "{}"), 0.3)
+    assert again.texts == texts  # a function of the keys alone
+    if per == "image":  # whoever computes it: half of the images have the same captions as among all
+        assert drawn_captions(data.class_phrases, labels[4:], keys[4:], ("a photo of a {}.", "{}"), 0.3).texts == texts[4:]
 
 
 @pytest.mark.parametrize("attack", [None, PGD(eps="4/255", step_size="4/255", steps=2)])
@@ -72,7 +75,7 @@ def test_the_scale_stays_at_100_or_below(data: MemoryData, tmp_path: Path) -> No
 def test_caption_data_need_no_labels(data: MemoryData, tmp_path: Path) -> None:
     """Image and text pairs train by InfoNCE; equal captions in a batch are no negatives of each other."""
     texts = ["a cat", "a dog", "a cat", "a ship"]
-    assert truth_of_captions(texts, torch.device("cpu")).int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
+    assert given_captions(texts, torch.device("cpu")).truth_BM.int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
     batches = [Batch(data.images[:4], torch.arange(4), captions=texts)] * 2
     data.batches = lambda: batches  # type: ignore[method-assign]
     make_trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(pretraining(), datamodule=data)

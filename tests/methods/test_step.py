@@ -130,7 +130,7 @@ def test_flops_of_a_step_are_those_of_the_cost_model(name: str, steps: int, monk
     batch = Batch(torch.rand(2, 3, 32, 32, device="meta"), torch.arange(2, device="meta"), torch.zeros(2, dtype=torch.long, device="meta"))
     text = {"class": torch.rand(10, config["embed_dim"], device="meta")}
     targets = Targets(batch, student=model, text=text)
-    views = Views(model, text={"class": lambda: text["class"]})
+    views = Views(model, text={}, fixed=text)
     objective = ClassificationObjective(lambda x: model.logits(model.encode(x), text["class"]), targets.labels, modules=(model,))
     with FlopCounterMode(display=False) as counter:
         x = PGD(eps="1/255", step_size="1/255", steps=steps)(objective, batch.images, batch.index).x_BCHW

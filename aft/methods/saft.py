@@ -1,0 +1,85 @@
+"""SAFT: an attack, and a fine-tuning, on several descriptions of each class. B images, K classes, n descriptions, D width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aft.attacks import Objective
+from aft.clip import Encoding
+from aft.errors import ConfigError, DataError
+from aft.methods.targets import Targets
+from aft.methods.tecoa import TeCoA
+from aft.methods.terms import Term, register_term
+from aft.methods.views import Views
+
+
+@dataclass(eq=False)
+class DescriptionAlignment(Term):
+    """Mean over n descriptions of the cross-entropy among all classes' texts of that description (SAFT)."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"labels"})
+
+    def __call__(self, targets: Targets, views: Views) -> Tensor:
+        """``mean_i (1/n) sum_j CE(s cos(z_i, t_.j), y_i)``."""
+        banks = targets.text["descriptions"].unbind(1)
+        return torch.stack([F.cross_entropy(views.logits_over(views.adversarial, bank_KD), targets.labels) for bank_KD in banks]).mean()
+
+
+register_term("description_alignment", DescriptionAlignment)
+
+
+class SAFT(TeCoA):
+    """TeCoA on n descriptions a class: the attack has to break them all, and so moves away from the meaning, not from a phrase.
+
+    ``L = (1/n) sum_j CE(s cos(f(x_adv), t_.j), y)``; the attack maximises the same. Forwards of the image tower in a step with ``k`` attack
+    steps: ``k + 1``.
+
+    Args:
+        descriptions: n, at least 1. A description of a class is one of its phrases in a template: names, broader terms and glosses from the
+            data set (WordNet's, for Tiny-ImageNet), in their order and over again where there are fewer than n.
+
+    For the other arguments see :class:`AdversarialFineTuning`.
+
+    Reference:
+        "Semantic-aware Adversarial Fine-tuning for CLIP", arXiv 2602.12461 (MIT licence). There, language models write the five
+        descriptions of a class; here the data set gives them.
+    """
+
+    method: ClassVar[str] = "saft"
+    default_terms: ClassVar[Mapping[str, Term]] = {"description_alignment": DescriptionAlignment()}
+
+    def __init__(self, *args: Any, descriptions: int = 5, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if descriptions < 1:
+            raise ConfigError(f"descriptions = {descriptions}: a class needs one or more.")
+        self.descriptions = descriptions
+
+    def text_banks(self) -> dict[str, Callable[[], Tensor]]:
+        """Adds ``descriptions``, ``[K, n, D]``."""
+        return {**super().text_banks(), "descriptions": self._description_bank}
+
+    def _description_bank(self) -> Tensor:
+        phrases = self.data.class_phrases
+        if not phrases:
+            raise DataError("the data set has no phrases to describe its classes by: give class names, or a classes.json with glosses.")
+        templates = self.templates or self.data.templates
+        of_each = [[of_class[j % len(of_class)] for of_class in phrases] for j in range(self.descriptions)]
+        return torch.stack([self.model.text_bank(names, templates) for names in of_each], 1)
+
+    def objective(self, targets: Targets) -> Objective:
+        """The mean cross-entropy over the descriptions."""
+        banks = targets.text["descriptions"].unbind(1)
+
+        def loss(encoding: Encoding, rows_n: Tensor) -> Tensor:
+            """One value an image, ``[n]``."""
+            labels_n = targets.labels[rows_n]
+            logits = [self.model.logits(encoding, bank_KD, self.logit_scale) for bank_KD in banks]
+            return torch.stack([F.cross_entropy(logits_nK, labels_n, reduction="none") for logits_nK in logits]).mean(0)
+
+        return self.encoding_objective(loss)
