@@ -2,6 +2,7 @@
 
 from callbacks.average import AveragedWeights
 from callbacks.checkpoint_io import AtomicCheckpointIO
+from callbacks.collapse_watch import CollapseWatch
 from callbacks.farewell import Farewell
 from callbacks.image_log import ImageLog
 from callbacks.interruption import Interruption, Stopped
@@ -11,6 +12,7 @@ from callbacks.throughput import Throughput
 __all__ = [
     "AtomicCheckpointIO",
     "AveragedWeights",
+    "CollapseWatch",
     "Farewell",
     "ImageLog",
     "Interruption",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -110,3 +110,12 @@ def file_hash(path: Path) -> str:
             if hasattr(hashlib, "file_digest")
             else hashlib.sha256(stream.read()).hexdigest()
         )
+
+
+def recipe_in(path: Path) -> dict[str, str]:
+    """What a safetensors file of ours says of its training: ``method``, ``eps_trained``, ``base_sha256``; empty for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+    return {key.removeprefix("aft."): value for key, value in metadata.items() if key.startswith("aft.")}

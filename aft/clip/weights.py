@@ -26,7 +26,7 @@ from aft.clip.architectures import (
     tokenizer_of,
 )  # fmt: skip
 from aft.clip.enlarge import enlarge, regrid
-from aft.clip.files import SUFFIXES, file_hash, load_strictly, read_file, weights_in
+from aft.clip.files import SUFFIXES, file_hash, load_strictly, read_file, recipe_in, weights_in
 from aft.clip.fit import INPUT, Sizes, check_fit, sizes_of_config, sizes_of_state
 from aft.clip.layouts import Layout, detect
 from aft.clip.model import ModelRecord, ZeroShotModel, state_hash
@@ -185,6 +185,10 @@ def _filled(
     clip = build_clip(architecture.config, spec.patch_dropout)
     load_strictly(clip, {**text, **_own_names(clip, layout.state)}, str(path))
     record = _record(name, layout.name, file_hash(path), architecture, clip)
+    recipe = recipe_in(path)
+    if recipe.get("method", "none") != "none":
+        eps = recipe.get("eps_trained", "None")
+        record = replace(record, method=recipe["method"], eps_trained=None if eps == "None" else float(eps))
     return ZeroShotModel(clip, tokenizer_of(name, architecture.config), record)
 
 

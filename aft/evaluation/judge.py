@@ -20,6 +20,7 @@ from aft.attacks.base import Objective
 from aft.batch import EvaluationSet
 from aft.cards import Verdicts, cell_of
 from aft.clip.model import ZeroShotModel
+from aft.errors import ConfigError
 from aft.evaluation.checks import inside
 from aft.evaluation.origin import data_block, model_block
 from aft.evaluation.protocols import Planned, Protocol
@@ -28,6 +29,23 @@ from aft.evaluation.tasks import Classification, Task
 
 #: What of a model identifies a cell. Not its name or place: the same weights read the same way are the same model.
 MODEL_IDENTITY = ("sha256", "resolution", "mean", "std", "activation", "text_transform")
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """Images that a larger radius did not break: they are taken as robust at a smaller one, and not attacked again.
+
+    The attack at the smaller radius could still have broken some of them (an attack is no proof), so accuracy can only come out higher.
+
+    Args:
+        cell: id of the cell with the larger radius.
+        eps: that radius, in units of the pixel range.
+        rows: places in the data of that cell's robust images.
+    """
+
+    cell: str
+    eps: float
+    rows: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -40,6 +58,10 @@ class Cell:
         protocol: the attacks.
         seed: of the attacks' noise.
         task: what is asked of the model.
+        survivors: of a larger radius; none attacks every image that is right when clean.
+
+    Raises:
+        ConfigError: survivors of a radius that is not larger.
     """
 
     model: ZeroShotModel
@@ -47,6 +69,11 @@ class Cell:
     protocol: Protocol
     seed: int = 0
     task: Task = field(default_factory=Classification)
+    survivors: Survivors | None = None
+
+    def __post_init__(self) -> None:
+        if self.survivors is not None and not self.survivors.eps > (self.protocol.eps or 0):
+            raise ConfigError(f"survivors of eps = {self.survivors.eps:g} say nothing of eps = {self.protocol.eps}: take a larger radius.")
 
     @property
     def resolution(self) -> int:
@@ -78,7 +105,7 @@ class Cell:
             "task": self.task.name, "model": {key: model[key] for key in MODEL_IDENTITY}, "data": data_block(self.data),
             "protocol": {"name": self.protocol.name, "fidelity": self.protocol.fidelity}, "threat": self.threat, "attacks": self.attacks,
             "settings": [planned.attack.describe() for planned in self.protocol.attacks], "defense": None, "seeds": self.seeds,
-            "precision": "fp32",
+            "precision": "fp32", **({"survivors": self.survivors.cell} if self.survivors else {}),
         })  # fmt: skip
 
 
@@ -145,7 +172,9 @@ class Judge:
         shown_nCHW, truth_n = batch.images.to(self.device), batch.labels.to(self.device)
         keys_n = sample_keys(self.cell.seed, 0, batch.index).to(self.device)
         answer_n, right_n = self.look(shown_nCHW, truth_n)
-        course = _Course(shown_nCHW, truth_n, keys_n, answer_n, right_n)
+        spared = self.cell.survivors.rows if self.cell.survivors else frozenset()
+        spared_n = torch.tensor([row in spared for row in rows], device=self.device)
+        course = _Course(shown_nCHW, truth_n, keys_n, answer_n, right_n, spared_n)
         for planned in self.cell.protocol.attacks:
             self.attack(planned, course)
         columns = {"row": torch.as_tensor(rows), "index": batch.index, "label": batch.labels, "clean_answer": answer_n, "clean": right_n}
@@ -159,7 +188,7 @@ class Judge:
 
     def attack(self, planned: Planned, course: _Course) -> None:
         """Shows one attack the images that are still right, and records what came of it."""
-        rows_n = course.right_n.nonzero().flatten()
+        rows_n = (course.right_n & ~course.spared_n).nonzero().flatten()
         right_n, agree_n = course.right_n.clone(), torch.ones_like(course.right_n)
         if len(rows_n):
             clean_nCHW, truth_n = course.clean_nCHW[rows_n], course.truth_n[rows_n]
@@ -177,8 +206,10 @@ class Judge:
 class _Course:
     """What is known of a batch while one attack follows the other."""
 
-    def __init__(self, clean_nCHW: Tensor, truth_n: Tensor, keys_n: Tensor, answer_n: Tensor, right_n: Tensor) -> None:
-        self.clean_nCHW, self.truth_n, self.keys_n, self.right_n = clean_nCHW, truth_n, keys_n, right_n
+    def __init__(
+        self, clean_nCHW: Tensor, truth_n: Tensor, keys_n: Tensor, answer_n: Tensor, right_n: Tensor, spared_n: Tensor
+    ) -> None:
+        self.clean_nCHW, self.truth_n, self.keys_n, self.right_n, self.spared_n = clean_nCHW, truth_n, keys_n, right_n, spared_n
         self.shown_nCHW, self.answer_n, self.inside_n = clean_nCHW.clone(), answer_n.clone(), torch.ones_like(right_n)
         self.rights: list[Tensor] = []
         self.agrees: list[Tensor] = []

@@ -130,6 +130,8 @@ def footnotes(labelled: Sequence[Labelled]) -> list[str]:
     places = {(c["threat"]["space"], c["threat"]["resolution"], c["threat"]["norm"]) for _, c in labelled if c["threat"] is not None}
     for space, side, norm in sorted(places):
         notes.append(f"eps: {norm} in units of the pixel range, on {space} pixels at {side} px.")
+    if any("spared" in card["metrics"] for _, card in labelled):
+        notes.append("Largest radius first: images that it did not break count as robust at the smaller ones and were not attacked again.")
     chances = {data_text(card): card["chance"] for _, card in labelled}
     notes.append(f"Chance: {', '.join(f'{name} {100 * chance:.1f} %' for name, chance in chances.items())}. "
                  "Top: share of the class predicted most often, clean or attacked, in %.")

@@ -22,9 +22,9 @@ from aft.cards import Card, Verdicts
 from aft.errors import ConfigError
 from aft.evaluation import origin
 from aft.evaluation.checks import failed
-from aft.evaluation.judge import Cell, Cost, Judge, scoring
+from aft.evaluation.judge import Cell, Cost, Judge, Survivors, scoring
 
-__all__ = ["Cell", "Parts", "Place", "card_path", "evaluate", "finished"]
+__all__ = ["Cell", "Parts", "Place", "card_path", "evaluate", "finished", "survivors_of"]
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def summarise(cell: Cell, verdicts: Verdicts, costs: NDArray[Any], command: str 
         "model": origin.model_block(cell.model.record), "data": origin.data_block(cell.data),
         "protocol": {"name": cell.protocol.name, "fidelity": cell.protocol.fidelity}, "threat": cell.threat, "attacks": cell.attacks,
         "defense": None, "seeds": cell.seeds, "precision": "fp32", "clean_accuracy": clean, "robust_accuracy": robust, "per_attack": left,
-        "metrics": {**cell.task.metrics(verdicts, cell.data), "largest_class_shares": shares, **_attacked(names, verdicts)},
+        "metrics": {**cell.task.metrics(verdicts, cell.data), "largest_class_shares": shares, **_attacked(names, verdicts, cell.survivors)},
         "standard_error": {"clean": cards.standard_error(clean, n), "robust": None if robust is None else cards.standard_error(robust, n)},
         "chance": 1 / len(cell.data.class_names), "largest_class_share": max(share for share in shares.values() if share is not None),
         "verdict": {"status": "suspect" if problems else "unchecked", "failed_checks": problems},
@@ -192,8 +192,21 @@ def _largest_share(answers: NDArray[Any]) -> float:
     return float(np.unique(answers, return_counts=True)[1].max() / len(answers))
 
 
-def _attacked(names: list[str], verdicts: Verdicts) -> dict[str, dict[str, int]]:
-    """For each attack the images it was shown, and those that a fresh forward judged otherwise than the attack itself."""
+def survivors_of(card: Card, path: Path) -> Survivors:
+    """The robust images of a finished cell, for a smaller radius."""
+    verdicts = cards.read_arrays(path.with_suffix(".npz"))
+    return Survivors(card["cell"], card["threat"]["eps"], frozenset(int(row) for row in verdicts["row"][verdicts["right"][:, -1]]))
+
+
+def _attacked(names: list[str], verdicts: Verdicts, survivors: Survivors | None) -> dict[str, Any]:
+    """For each attack the images it was shown, and those that a fresh forward judged otherwise than the attack itself.
+
+    Where survivors of a larger radius were spared, how many, and which radius that was.
+    """
     before = np.concatenate([verdicts["clean"][:, None], verdicts["right"][:, :-1]], axis=1) if names else verdicts["right"]
+    if survivors is not None:
+        spared = np.isin(verdicts["row"], list(survivors.rows))
+        told = _attacked(names, {**verdicts, "clean": verdicts["clean"] & ~spared, "right": verdicts["right"] & ~spared[:, None]}, None)
+        return {**told, "spared": {"eps": survivors.eps, "images": int((spared & verdicts["clean"]).sum()), "cell": survivors.cell}}
     shown = dict(zip(names, before.sum(0).tolist(), strict=True))
     return {"attacked": shown, "judged_otherwise": dict(zip(names, (~verdicts["agree"]).sum(0).tolist(), strict=True))}

@@ -109,7 +109,7 @@ class AdversarialFineTuning(ClipModule):
                 f"teacher = {teacher.record.name} has embeddings of width {teacher.width}, {self.model.record.name} of {self.model.width}: "
                 "embeddings are compared, so take a teacher of the same width."
             )
-        return teacher.to(next(self.model.parameters()).dtype)
+        return teacher
 
     def text_banks(self) -> dict[str, Callable[[], Tensor]]:
         """What terms may ask for, by name: ``class``, ``original`` (before any text transformation), ``negation`` (Comp-TGA)."""
@@ -127,8 +127,9 @@ class AdversarialFineTuning(ClipModule):
 
     @property
     def teacher(self) -> ZeroShotModel | None:
-        """The frozen base model in eval mode; none where no term needs it."""
-        return self._teacher[0].to(self.device) if self._teacher else None
+        """The frozen model, in eval mode, where the student is and in its precision; none where no term needs it."""
+        weight = self.model.clip.get_parameter("logit_scale")
+        return self._teacher[0].to(weight.device, weight.dtype) if self._teacher else None
 
     # --- the step ---------------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from aft import cards
 from aft.errors import ConfigError
 from aft.evaluation import Cell, Place, evaluate, first, plan
 from aft.evaluation.judge import Cost, scoring
-from aft.evaluation.runner import card_path
+from aft.evaluation.runner import card_path, survivors_of
 
 HAPPENED = ("seconds", "created")
 
@@ -224,3 +224,22 @@ def test_places_are_checked():
     for rank, world in ((1, 1), (-1, 2), (0, 0)):
         with pytest.raises(ConfigError, match="ranks are 0"):
             Place(rank, world)
+
+
+def test_survivors_of_a_larger_radius_are_not_attacked_again(model, data, tmp_path):
+    """They count as robust; all others are judged as without them; the card says how many were spared, and it is another cell."""
+    large, small = cell_for(model, data, eps=0.02), cell_for(model, data, eps=0.01)
+    robust = evaluate(large, tmp_path)
+    survivors = survivors_of(robust, card_path(tmp_path, "model", large))
+    cell = replace(small, survivors=survivors)
+    usual, spared = evaluate(small, tmp_path, "usual"), evaluate(cell, tmp_path, "spared")
+    assert len(survivors.rows) == round(40 * robust["robust_accuracy"]) > 0 and cell.id != small.id
+    told = spared["metrics"]
+    assert told["spared"] == {"eps": 0.02, "images": len(survivors.rows), "cell": robust["cell"]}
+    assert told["attacked"]["apgd_ce"] == usual["metrics"]["attacked"]["apgd_ce"] - len(survivors.rows)
+    assert spared["cost"]["forwards"] < usual["cost"]["forwards"] and spared["robust_accuracy"] >= robust["robust_accuracy"]
+    attacked = [row for row in range(40) if row not in survivors.rows]
+    expected, found = verdicts_of(small, tmp_path, "usual"), verdicts_of(cell, tmp_path, "spared")
+    assert np.array_equal(found["right"][attacked], expected["right"][attacked]) and found["right"][sorted(survivors.rows)].all()
+    with pytest.raises(ConfigError, match="larger radius"):
+        replace(cell_for(model, data, eps=0.03), survivors=survivors)

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.methods.recipes import RECIPES
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("two_processes.py")
 pytestmark = pytest.mark.timeout(280)
@@ -76,6 +78,17 @@ def test_two_processes_and_two_parts_take_the_step_of_one(folder: Path) -> None:
         one, two, parts = (torch.load(folder / f"{name}-{place}.pt", weights_only=True) for name in ("one", "two", "parts"))
         assert max(float(value.abs().max()) for value in one.values()) > 0
         assert largest_difference(one, two) < 1e-10 and largest_difference(one, parts) < 1e-10, TRAINABLE[place]
+
+
+def test_every_method_takes_the_same_step_on_two_processes(folder: Path) -> None:
+    """All methods in one process group, float64: what couples samples is gathered, sums run over the global batch, 1e-10."""
+    names = [*RECIPES]
+    run("methods", 1, folder, file="one", names=names)
+    run("methods", 2, folder, file="two", names=names)
+    for name in names:
+        one, two = (torch.load(folder / f"{count}-{name}.pt", weights_only=True) for count in ("one", "two"))
+        assert max(float(value.abs().max()) for value in one.values()) > 0
+        assert largest_difference(one, two) < 1e-10, name
 
 
 def test_sigterm_to_one_of_two_ends_both_with_a_checkpoint(folder: Path) -> None:

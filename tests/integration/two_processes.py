@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader
 from aft.attacks import PGD
 from aft.batch import Batch
 from aft.clip import ModelSpec, TrainableSpec, weights
-from aft.methods import OptimizerSpec, TeCoA
+from aft.methods import AdversarialFineTuning, OptimizerSpec, TeCoA
 from aft.methods.distributed import leave_process_group
 from callbacks import AtomicCheckpointIO, Interruption
 from tests.conftest import MemoryData
+from tests.methods.recipes import build
 from train import DDP
 
 
@@ -55,6 +56,20 @@ class Spoil(L.Callback):
         pl_module.logit_scale = float("nan") if trainer.global_rank == 1 and trainer.global_step == 1 else 10.0
 
 
+def run(
+    method: AdversarialFineTuning, devices: int, folder: Path, steps: int, callbacks: list[L.Callback], data: Split | None, **settings: Any
+) -> L.Trainer:
+    """Fits it in float64."""
+    trainer = L.Trainer(
+        accelerator="cpu", devices=devices, strategy=DDPStrategy(**{**DDP, "timeout": None}) if devices > 1 else "auto", max_steps=steps,
+        max_epochs=-1, precision="64-true", logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        use_distributed_sampler=False, default_root_dir=str(folder), callbacks=callbacks, plugins=[AtomicCheckpointIO()],
+        **{"enable_checkpointing": False, **settings},
+    )  # fmt: skip
+    trainer.fit(method, datamodule=data or Split(count=24, batch_size=8, dtype=torch.float64))
+    return trainer
+
+
 def fit(
     devices: int, folder: Path, steps: int, callbacks: list[L.Callback], data: Split | None = None, **settings: Any
 ) -> tuple[TeCoA, L.Trainer]:
@@ -64,14 +79,7 @@ def fit(
         ModelSpec("tiny"), attack=PGD(eps="8/255", step_size="4/255", steps=2), **settings,
         optimizer=OptimizerSpec(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, schedule="constant"),
     )  # fmt: skip
-    trainer = L.Trainer(
-        accelerator="cpu", devices=devices, strategy=DDPStrategy(**{**DDP, "timeout": None}) if devices > 1 else "auto", max_steps=steps,
-        max_epochs=-1, precision="64-true", logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-        use_distributed_sampler=False, default_root_dir=str(folder), callbacks=callbacks, plugins=[AtomicCheckpointIO()],
-        **{"enable_checkpointing": False, **trainer_settings},
-    )  # fmt: skip
-    trainer.fit(method, datamodule=data or Split(count=24, batch_size=8, dtype=torch.float64))
-    return method, trainer
+    return method, run(method, devices, folder, steps, callbacks, data, **trainer_settings)
 
 
 def step(devices: int, folder: Path, settings: dict[str, Any]) -> None:
@@ -102,6 +110,19 @@ class Before(L.Callback):
                 self.weights[key] = p.detach().clone()
 
 
+def methods(devices: int, folder: Path, settings: dict[str, Any]) -> None:
+    """One step of every method, all in one process group; rank 0 stores what it added to each trained parameter."""
+    for name in settings["names"]:
+        before = Before()
+        plain = OptimizerSpec(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, schedule="constant")
+        method = build(name, ModelSpec("tiny"), optimizer=plain)
+        trainer = run(method, devices, folder, 1, [before], Split(count=24, batch_size=8, dtype=torch.float64))
+        if trainer.global_rank == 0:
+            now = dict(method.named_parameters())
+            added = {key: now[key].detach() - value for key, value in before.weights.items()}
+            torch.save(added, folder / f"{settings['file']}-{name}.pt")
+
+
 def endless(devices: int, folder: Path, settings: dict[str, Any]) -> None:
     """Steps until somebody stops it."""
     saver = ModelCheckpoint(folder, save_last=True)
@@ -118,6 +139,6 @@ if __name__ == "__main__":
     job, devices, folder, settings = sys.argv[1:]
     weights.EMBEDDED["tiny"] = Path(folder) / "tiny"
     try:
-        {"step": step, "endless": endless, "spoiled": spoiled}[job](int(devices), Path(folder), json.loads(settings))
+        {"step": step, "methods": methods, "endless": endless, "spoiled": spoiled}[job](int(devices), Path(folder), json.loads(settings))
     finally:
         leave_process_group()

@@ -58,7 +58,8 @@ def test_decay_is_of_matrices_alone(model: ZeroShotModel) -> None:
 
 def test_a_gradient_that_is_not_finite_moves_nothing_and_too_many_end_the_run(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
     """The weights are as before the step; after ten in a row the error names samples and remedy (R25)."""
-    method = TeCoA(tiny, attack=PGD(eps="8/255", step_size="4/255", steps=1), logit_scale=float("nan"))
+    method = TeCoA(tiny, attack=PGD(eps="8/255", step_size="4/255", steps=1))
+    method.logit_scale = float("nan")
     before = {name: p.detach().clone() for name, p in method.named_parameters()}
     with pytest.warns(UserWarning, match="step is skipped"), pytest.raises(RunError, match="10 steps in a row: lower lr"):
         make_trainer(tmp_path, max_steps=20, limit_val_batches=0).fit(method, datamodule=data)

@@ -1,0 +1,109 @@
+"""Weight space: between the original and a robust model, and sums of what several fine-tunings changed.
+
+``python -m aft.clip.merge OUT.safetensors --base miniclip32 --add CHECKPOINT=0.5 [--add CHECKPOINT=0.3 ...]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aft.clip.files import load_strictly
+from aft.clip.model import ZeroShotModel, state_hash
+from aft.clip.pack import pack_tower
+from aft.clip.weights import ModelSpec, load_model
+from aft.errors import AftError, ConfigError, WeightsError
+
+
+def add_task_vectors(base: ZeroShotModel, tuned: Sequence[tuple[ZeroShotModel, float]]) -> ZeroShotModel:
+    """``theta = theta_0 + sum_j a_j (theta_j - theta_0)`` over the image tower; one model and ``a`` in [0, 1] interpolate.
+
+    ``a = 0`` gives the base to the bit, a single ``a = 1`` the tuned model. Text side and normalisation are the base's.
+
+    Args:
+        base: the model that all were fine-tuned from. It is not changed.
+        tuned: models of the same architecture, each with its factor.
+
+    Raises:
+        ConfigError: nothing to add, or a factor that is not finite.
+        WeightsError: a model has other tensors, a text transformation, visual prompts, or reads pixels in another way.
+
+    Reference:
+        TeCoA's released code interpolates so (``--mix_alpha``); task vectors: arXiv 2212.04089.
+    """
+    if not tuned or not all(abs(factor) < float("inf") for _, factor in tuned):
+        raise ConfigError("give one model or more to add, each with a finite factor.")
+    origin = base.visual.state_dict()
+    merged = {name: value.clone() for name, value in origin.items()}
+    for model, factor in tuned:
+        _refuse_another(base, model)
+        for name, value in model.visual.state_dict().items():
+            if value.is_floating_point():
+                merged[name] = value.clone() if factor == 1 and len(tuned) == 1 else merged[name] + factor * (value - origin[name])
+    return _with_tower(base, merged, "+".join(f"{factor:g}*{model.record.sha256[:8]}" for model, factor in tuned))
+
+
+def interpolate(base: ZeroShotModel, tuned: ZeroShotModel, share: float) -> ZeroShotModel:
+    """``(1 - share) * base + share * tuned`` over the image tower."""
+    return add_task_vectors(base, [(tuned, share)])
+
+
+def _refuse_another(base: ZeroShotModel, model: ZeroShotModel) -> None:
+    for what, theirs, ours in (
+        ("mean", model.record.mean, base.record.mean), ("std", model.record.std, base.record.std),
+        ("resolution", model.record.resolution, base.record.resolution), ("activation", model.record.activation, base.record.activation),
+        ("text_transform", model.text_transform.name, base.text_transform.name), ("prompts", model.record.prompts, base.record.prompts),
+    ):  # fmt: skip
+        if theirs != ours:
+            raise WeightsError(f"{model.record.name} has {what} = {theirs}, the base has {ours}: only models of one base can be merged.")
+    shapes = {name: value.shape for name, value in base.visual.state_dict().items()}
+    others = {name: value.shape for name, value in model.visual.state_dict().items()}
+    if shapes != others:
+        name = next(name for name in {**shapes, **others} if shapes.get(name) != others.get(name))
+        raise WeightsError(f"{model.record.name} differs from the base in {name}: {others.get(name)} against {shapes.get(name)}.")
+
+
+def _with_tower(base: ZeroShotModel, state: Mapping[str, Tensor], recipe: str) -> ZeroShotModel:
+    """A copy of the base with another image tower; its sha256 is that of its tensors."""
+    clip = copy.deepcopy(base.clip)
+    load_strictly(clip.get_submodule("visual"), state, recipe)
+    record = replace(base.record, layout="merged", sha256=state_hash(clip), base_sha256=base.record.sha256, method=f"merge({recipe})")
+    return ZeroShotModel(clip, base.tokenizer, record, base.text_transform).eval()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command: reads, adds, writes the image tower in fp16, and says its sha256.
+
+    Raises:
+        AftError: whatever a user can mend.
+    """
+    parser = argparse.ArgumentParser(description="Adds what fine-tunings changed to the weights that they started from.")
+    parser.add_argument("out", type=Path, help="file for the image tower, .safetensors")
+    parser.add_argument("--base", default="miniclip32", help="name of the model that all started from")
+    parser.add_argument("--pretrained", default=None, help="its weights, as in ModelSpec")
+    parser.add_argument("--add", action="append", required=True, metavar="FILE=FACTOR", help="a checkpoint or tower and its factor")
+    given = parser.parse_args(arguments)
+    tuned = []
+    for text in given.add:
+        file, _, factor = text.rpartition("=")
+        try:
+            tuned.append((load_model(ModelSpec(given.base, file)), float(factor)))
+        except ValueError as error:
+            raise ConfigError(f"--add {text}: write FILE=FACTOR, such as tecoa.ckpt=0.5.") from error
+    with torch.no_grad():
+        merged = add_task_vectors(load_model(ModelSpec(given.base, given.pretrained)), tuned)
+    print(f"{given.out}: sha256 {pack_tower(merged, given.out)}, {merged.record.method}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except AftError as error:
+        sys.exit(f"error: {error}")

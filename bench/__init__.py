@@ -1,0 +1,1 @@
+"""What measures this project: tables and timings. Nothing here is part of the library."""

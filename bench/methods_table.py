@@ -1,0 +1,173 @@
+"""Trains every method by one recipe and measures it: ``python -m bench.methods_table [--only NAME ...]``.
+
+``configs/methods_table.yaml`` has the recipe. Each method searches its rate on held-out training images, trains, and is measured on
+Tiny-ImageNet's validation images and zero-shot on CIFAR-10. Everything is resumable: what is there is not done again. Runs lie in
+``runs/methods_table``; the chosen rates, the weights' sha256 and the cost of a step go to ``results/methods_table/runs.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aft.cards import write_whole
+from aft.clip import ModelSpec, load_model
+from aft.clip.pack import pack_tower
+
+HERE = Path(__file__).resolve().parents[1]
+RECIPE = HERE / "configs" / "methods_table.yaml"
+RUNS = HERE / "runs" / "methods_table"
+RESULTS = HERE / "results" / "methods_table"
+DATA = {"tiny_imagenet32": "configs/data/tiny_imagenet32.yaml", "cifar10": "configs/data/cifar10.yaml"}
+#: Rows whose image towers are committed before they are measured; of the others the sha256 is kept.
+COMMITTED = {"tecoa-seed0": "tecoa", "fare-seed0": "fare", "tga_zsr-seed0": "tga_zsr"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row's method: its class, what differs from the shared settings, the factor on rates, and the seeds."""
+
+    name: str
+    kind: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    factor: float = 1.0
+    seeds: tuple[int, ...] = (0,)
+
+    @classmethod
+    def of(cls, name: str, given: dict[str, Any]) -> Method:
+        """From the recipe's entry."""
+        return cls(name, given["class"], given.get("settings", {}), given.get("factor", 1.0), tuple(given.get("seeds", [0])))
+
+
+def fit(recipe: dict[str, Any], method: Method, folder: Path, rate: float, steps: int, seed: int) -> Path:
+    """Trains ``steps`` steps, going on where an earlier start stopped; returns the last checkpoint."""
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    if (folder / "done").exists():
+        return checkpoint
+    settings = json.loads(json.dumps(recipe["shared"]))
+    model = settings["model"]
+    model["class_path"] = f"aft.methods.{method.kind}"
+    model["init_args"] |= {**method.settings, "seed": seed}
+    model["init_args"]["optimizer"]["lr"] = rate
+    settings["data"]["init_args"]["seed"] = seed
+    settings["seed_everything"] = seed
+    settings["trainer"] |= {"max_steps": steps, "limit_val_batches": 0, "default_root_dir": str(folder)}
+    settings["checkpoint"] = {"monitor": None, "every_n_train_steps": 50}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    run("train.py", "fit", "-c", str(folder / "recipe.yaml"), "--ckpt_path", "last", log=folder / "log.txt")
+    (folder / "done").touch()
+    return checkpoint
+
+
+def held_out(recipe: dict[str, Any], method: Method, folder: Path) -> dict[str, float]:
+    """Clean and PGD-10 robust accuracy on the held-out training images; kept beside the run."""
+    kept = folder / "held_out.json"
+    if not kept.exists():
+        settings = yaml.safe_load((folder / "recipe.yaml").read_text())
+        del settings["trainer"]["limit_val_batches"]
+        settings["trainer"]["default_root_dir"] = str(folder / "validate")
+        settings["model"]["init_args"]["clip"] = {"name": "miniclip32", "pretrained": str(folder / "checkpoints" / "last.ckpt")}
+        (folder / "validate.yaml").write_text(yaml.safe_dump(settings))
+        code = "import sys, json, train; m = train.main(['validate', '-c', sys.argv[1]]).trainer.callback_metrics; " \
+               "json.dump({k[4:]: float(v) for k, v in m.items() if k.startswith('val/')}, open(sys.argv[2], 'w'))"
+        run("-c", code, str(folder / "validate.yaml"), str(kept), log=folder / "validate.txt")
+    figures: dict[str, float] = json.loads(kept.read_text())
+    return figures
+
+
+def run(*arguments: str, log: Path) -> None:
+    """One command of this project with this interpreter; its output goes to a file.
+
+    Raises:
+        SystemExit: it failed; the end of the log is shown.
+    """
+    with log.open("a") as output:
+        done = subprocess.run([sys.executable, *arguments], cwd=HERE, stdout=output, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments[:4])} ended with {done.returncode}:\n{log.read_text()[-2000:]}")
+
+
+def search(recipe: dict[str, Any], method: Method) -> tuple[float, dict[str, Any]]:
+    """The rate with the best mean of clean and robust accuracy on held-out images, and what each gave."""
+    tried: dict[str, Any] = {}
+    for rate in recipe["search"]["rates"]:
+        lr = rate * method.factor
+        folder = RUNS / method.name / f"search-{lr:g}"
+        fit(recipe, method, folder, lr, recipe["search"]["steps"], 0)
+        tried[f"{lr:g}"] = held_out(recipe, method, folder)
+    best = max(tried, key=lambda lr: tried[lr]["clean_accuracy"] + tried[lr]["robust_accuracy"])
+    return float(best), tried
+
+
+def images_a_second(folder: Path) -> float:
+    """Median of what the run logged."""
+    speeds = [float(word.split()[-1]) for word in (folder / "log.txt").read_text().split("\n") if "images_per_second" in word]
+    return sorted(speeds)[len(speeds) // 2] if speeds else float("nan")
+
+
+def measure(recipe: dict[str, Any], label: str, weights: Path) -> None:
+    """Clean, and APGD at every radius, on both data sets; cards go to the results."""
+    given, out = recipe["evaluate"], RUNS / "eval"
+    models = RUNS / f"{label}.yaml"
+    models.write_text(yaml.safe_dump({"models": {label: {"name": "miniclip32", "pretrained": str(weights)}}}))
+    eps = "[" + ", ".join(given["eps"]) + "]"
+    for data in DATA.values():
+        run("eval.py", "-c", "configs/eval/apgd.yaml", "-c", data, "-c", str(models), "--protocols", "[clean, apgd]", "--eps", eps,
+            "--n", str(given["n"]), "--steps", str(given["steps"]), "--targets", str(given["targets"]), "--largest_first", "true",
+            "--out", str(out), log=RUNS / f"{label}.txt")  # fmt: skip
+    for path in (out / "cards" / label).iterdir():
+        (RESULTS / "cards" / label).mkdir(parents=True, exist_ok=True)
+        (RESULTS / "cards" / label / path.name).write_bytes(path.read_bytes())
+
+
+def weights_of(label: str, checkpoint: Path) -> Path:
+    """What is measured: a committed image tower where the row has one, else the checkpoint itself."""
+    if label not in COMMITTED:
+        return checkpoint
+    tower = HERE / "results" / "weights" / f"{COMMITTED[label]}.safetensors"
+    if not tower.exists():
+        pack_tower(load_model(ModelSpec(pretrained=str(checkpoint))), tower)
+    return tower.relative_to(HERE)
+
+
+def rows(recipe: dict[str, Any], only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every run, one after the other: its label and what is kept of it."""
+    for name, given in recipe["methods"].items():
+        if only and name not in only:
+            continue
+        method = Method.of(name, given)
+        rate, tried = search(recipe, method)
+        for seed in method.seeds:
+            label, folder = f"{name}-seed{seed}", RUNS / name / f"seed{seed}"
+            checkpoint = fit(recipe, method, folder, rate, recipe["train"]["steps"], seed)
+            weights = weights_of(label, checkpoint)
+            measure(recipe, label, weights)
+            record = load_model(ModelSpec("miniclip32", str(weights))).record
+            yield label, {"rate": rate, "search": tried, "sha256": record.sha256, "images_per_second": images_a_second(folder),
+                          "command": f"python -m bench.methods_table --only {name}"}  # fmt: skip
+
+
+def main() -> None:
+    """Runs what is missing and keeps what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=[], help="names of methods; none: all")
+    only = parser.parse_args().only
+    recipe = yaml.safe_load(RECIPE.read_text())
+    kept = RESULTS / "runs.json"
+    for label, told in rows(recipe, only):
+        runs = json.loads(kept.read_text()) if kept.exists() else {}
+        write_whole(kept, (json.dumps({**runs, label: told}, indent=1) + "\n").encode())
+        print(f"{label}: rate {told['rate']:g}, {told['images_per_second']:.0f} images/s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

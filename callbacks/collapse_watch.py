@@ -1,0 +1,115 @@
+"""Looks out for catastrophic overfitting, drift and collapse while a model trains."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from aft.attacks import FGSM, PGD, ClassificationObjective, sample_keys
+from aft.batch import Batch
+from aft.clip import Encoding
+from aft.errors import ConfigError
+from aft.methods import AdversarialFineTuning
+
+
+class CollapseWatch(L.Callback):
+    """Every so many steps, on the images of that step: robust accuracy under one large step and under many small ones.
+
+    Logged: ``watch/one_step`` and ``watch/multi_step`` (robust accuracy of the training images under FGSM and under PGD, at the radius of
+    training), ``watch/drift`` (one minus the mean cosine of clean embeddings to those at the start of the run) and
+    ``watch/largest_class_share`` (of clean predictions). Warned of, once each, with the step:
+
+    * **catastrophic overfitting**: the model withstands one step and falls to several, which training with one step alone does not see;
+    * **collapse**: nearly all images get one class.
+
+    It costs about ``steps + 2`` forwards and backwards of that batch each time.
+
+    Args:
+        every: optimiser steps between two looks.
+        steps: of the multi-step attack, each a quarter of eps.
+        gap: one-step minus multi-step robust accuracy from which it warns.
+        largest_share: of predictions in one class from which it warns.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+
+    def __init__(self, every: int = 50, steps: int = 10, gap: float = 0.2, largest_share: float = 0.9) -> None:
+        for name, value in (("every", every), ("steps", steps)):
+            if value < 1:
+                raise ConfigError(f"{name} = {value} is below 1.")
+        for name, share in (("gap", gap), ("largest_share", largest_share)):
+            if not 0 < share <= 1:
+                raise ConfigError(f"{name} = {share} is outside (0, 1].")
+        self.every, self.steps, self.gap, self.largest_share = every, steps, gap, largest_share
+        self.warned: set[str] = set()
+        self.reference: tuple[Batch, Tensor] | None = None
+        self.looked = -1
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Keeps the clean embeddings of the first batch, to measure the drift by."""
+        if self.reference is None and isinstance(pl_module, AdversarialFineTuning):
+            self.reference = (batch, self._clean(pl_module, batch).unit_BD)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """A look, where it is due: the batch has labels and the method an attack with a radius."""
+        step = trainer.global_step
+        eps = getattr(pl_module, "eps_trained", None)
+        if step % self.every or step == self.looked or not isinstance(pl_module, AdversarialFineTuning) or batch.labels is None or not eps:
+            return
+        self.looked = step
+        figures = self.look(pl_module, batch, batch.labels, eps)
+        for name, value in figures.items():
+            pl_module.log(f"watch/{name}", value, batch_size=len(batch.images))
+        self._warn(step, figures)
+
+    def look(self, module: AdversarialFineTuning, batch: Batch, labels_B: Tensor, eps: float) -> dict[str, float]:
+        """The four figures."""
+        model, text_KD = module.model, module.class_bank("train")
+        objective = ClassificationObjective(lambda x: model(x, text_KD), labels_B, modules=(model,))
+        keys_B = sample_keys(module.seed, module.current_epoch, batch.index)
+        answers_B = model.logits(self._clean(module, batch), text_KD).argmax(1)
+        robust = {}
+        for name, attack in (
+            ("one_step", FGSM(eps=eps, random_start=True)),
+            ("multi_step", PGD(eps=eps, relative_step_size=0.25, steps=self.steps, keep="best")),
+        ):
+            found_BCHW = attack(objective, batch.images, keys_B).x_BCHW
+            still_B = model.logits(self._clean(module, Batch(found_BCHW, batch.index)), text_KD).argmax(1) == labels_B
+            robust[name] = float(((answers_B == labels_B) & still_B).float().mean())
+        assert self.reference is not None
+        first, before_BD = self.reference
+        drift = 1 - (self._clean(module, first).unit_BD * before_BD).sum(1).mean()
+        share = answers_B.bincount(minlength=len(text_KD)).max() / len(answers_B)
+        return {**robust, "drift": float(drift), "largest_class_share": float(share)}
+
+    @staticmethod
+    def _clean(module: AdversarialFineTuning, batch: Batch) -> Encoding:
+        """In eval mode, without a graph; modes are as before afterwards."""
+        modes = {part: part.training for part in module.model.modules()}
+        module.model.eval()
+        try:
+            with torch.no_grad():
+                return module.model.encode(batch.images)
+        finally:
+            for part, training in modes.items():
+                part.training = training
+
+    def _warn(self, step: int, figures: dict[str, float]) -> None:
+        one, multi, share = figures["one_step"], figures["multi_step"], figures["largest_class_share"]
+        if one - multi >= self.gap and "overfitting" not in self.warned:
+            self.warned.add("overfitting")
+            warnings.warn(
+                f"catastrophic overfitting at step {step}: {100 * one:.0f} % of the training images withstand one step, "
+                f"{100 * multi:.0f} % withstand {self.steps}. Train with more steps, a smaller step size or a smaller eps.", stacklevel=2,
+            )  # fmt: skip
+        if share >= self.largest_share and "collapse" not in self.warned:
+            self.warned.add("collapse")
+            warnings.warn(
+                f"collapse at step {step}: {100 * share:.0f} % of the images get one class. Lower lr, or look at eps and at the terms.",
+                stacklevel=2,
+            )

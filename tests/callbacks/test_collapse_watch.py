@@ -1,0 +1,70 @@
+"""The collapse watch: it sees catastrophic overfitting provoked by FGSM, says when it began, and leaves training as it was."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from aft.attacks import FGSM, PGD
+from aft.clip import ModelSpec
+from aft.errors import ConfigError
+from aft.methods import OptimizerSpec, TeCoA
+from callbacks import CollapseWatch
+from datamodules import Sample
+from tests.conftest import MemoryData, make_trainer
+
+
+@pytest.mark.slow
+def test_fgsm_at_a_large_eps_overfits_and_is_seen(tmp_path: Path) -> None:
+    """MiniCLIP-32 on the sample under FGSM from the clean image at 32/255: a warning with the step; PGD gives none."""
+    def train(attack: FGSM | PGD) -> tuple[CollapseWatch, list[str]]:
+        watch = CollapseWatch(every=10, steps=10, gap=0.2)
+        method = TeCoA(ModelSpec("miniclip32"), attack=attack, optimizer=OptimizerSpec(lr=2e-3, warmup_steps=10, schedule="constant"))
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            trainer = make_trainer(tmp_path, max_steps=150, max_epochs=-1, limit_val_batches=0, callbacks=[watch])
+            trainer.fit(method, datamodule=Sample(batch_size=64, augment="none"))
+        return watch, [str(w.message) for w in seen if "catastrophic overfitting at step" in str(w.message)]
+
+    watch, told = train(FGSM(eps="32/255"))
+    assert len(told) == 1 and "overfitting" in watch.warned
+
+
+def test_it_changes_nothing_and_logs_its_figures(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """Weights after four steps are the same to the bit with and without it; the four figures are shares."""
+    def train(callbacks: list[CollapseWatch]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        method = TeCoA(tiny, attack=PGD(eps="8/255", step_size="4/255", steps=1), optimizer=OptimizerSpec(lr=1e-3))
+        trainer = make_trainer(tmp_path, max_steps=4, limit_val_batches=0, callbacks=callbacks)
+        trainer.fit(method, datamodule=data)
+        return method.state_dict(), trainer.callback_metrics
+
+    (plain, _), (watched, logged) = train([]), train([CollapseWatch(every=2, steps=3)])
+    assert all(torch.equal(value, watched[key]) for key, value in plain.items())
+    assert all(0 <= float(logged[f"watch/{name}"]) <= 1 for name in ("one_step", "multi_step", "largest_class_share"))
+    assert 0 < float(logged["watch/drift"]) < 2
+
+
+def test_each_warning_is_given_once_and_below_the_threshold_not_at_all() -> None:
+    """With the step and the figures."""
+    watch = CollapseWatch(gap=0.2, largest_share=0.9)
+    sound = {"one_step": 0.5, "multi_step": 0.4, "largest_class_share": 0.3}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        watch._warn(5, sound)
+    with pytest.warns(UserWarning, match="collapse at step 7: 95 % of the images"):
+        watch._warn(7, {**sound, "largest_class_share": 0.95})
+    with pytest.warns(UserWarning, match="catastrophic overfitting at step 8: 80 % .* withstand one step, 10 % withstand 10"):
+        watch._warn(8, {"one_step": 0.8, "multi_step": 0.1, "largest_class_share": 0.95})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        watch._warn(9, {"one_step": 0.8, "multi_step": 0.1, "largest_class_share": 0.95})
+
+
+@pytest.mark.parametrize("settings", [{"every": 0}, {"steps": 0}, {"gap": 0.0}, {"largest_share": 1.5}])
+def test_settings_out_of_range(settings: dict[str, float]) -> None:
+    """Named."""
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        CollapseWatch(**settings)  # type: ignore[arg-type]
