@@ -1,9 +1,10 @@
 """Measures how robust models are, and shows what was measured.
 
     python eval.py evaluate -c configs/eval/quickstart.yaml     (evaluate is the default and may be left out)
+    python eval.py curve -c configs/eval/curve.yaml --robust.pretrained FILE
     python eval.py report --cards runs/eval/cards
 
-``python eval.py evaluate -h`` and ``python eval.py report -h`` list all settings.
+``python eval.py evaluate -h`` (``curve -h``, ``report -h``) lists all settings.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from aft.attacks.threat_model import Norm
 from aft.batch import EvaluationSet
 from aft.cards import write_whole
 from aft.clip import ModelSpec, ZeroShotModel, load_model
+from aft.clip.merge import interpolate
 from aft.errors import AftError, ConfigError, RunError, unknown_name
 from aft.evaluation import Cell, Place, Protocol, evaluate, first, plan, report
 from aft.evaluation.judge import Survivors
-from aft.evaluation.picture import draw
+from aft.evaluation.picture import draw, draw_curve
 from aft.evaluation.report import Labelled
 from aft.evaluation.runner import card_path, survivors_of
 
@@ -39,13 +41,11 @@ SECONDS_BETWEEN_LINES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Every model on every label space under every protocol at every radius. What is finished is not measured again.
+class Measurement:
+    """What measuring some models takes, whichever they are.
 
     Args:
         data: datamodule with ``evaluation_set(split)``, as in ``configs/data/*.yaml``.
-        models: name in tables -> which CLIP; none: the embedded MiniCLIP-32.
-        weights: a checkpoint of ours to measure in place of ``models``; its name in tables is its model and method.
         split: of the data set.
         label_spaces: name -> class names to keep and to classify among; null: all classes.
         protocols: any of clean, pgd, apgd, strict; each is a column.
@@ -67,8 +67,6 @@ class Evaluate:
     """
 
     data: LightningDataModule
-    models: dict[str, ModelSpec] | None = None
-    weights: str | None = None
     split: str = "test"
     label_spaces: dict[str, list[str] | None] = field(default_factory=lambda: {"all": None})
     protocols: list[str] = field(default_factory=lambda: ["pgd", "apgd"])
@@ -141,10 +139,7 @@ class Evaluate:
 
     def loaded(self) -> list[tuple[str, ZeroShotModel]]:
         """All models, each with its name in tables; before anything is measured, so that a missing file is known at once."""
-        if self.weights is not None:
-            model = load_model(ModelSpec(pretrained=self.weights))
-            return [(f"{model.record.name}-{model.record.method}", model)]
-        return [(label, load_model(spec)) for label, spec in (self.models or {"miniclip32": ModelSpec()}).items()]
+        raise NotImplementedError
 
     def measure(self, label: str, cell: Cell, place: Place, command: str) -> list[Labelled]:
         """One cell: its card, or nothing while other processes still work on it."""
@@ -167,6 +162,62 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluate(Measurement):
+    """Every model on every label space under every protocol at every radius. What is finished is not measured again.
+
+    Args:
+        models: name in tables -> which CLIP; none: the embedded MiniCLIP-32.
+        weights: a checkpoint of ours to measure in place of ``models``; its name in tables is its model and method.
+
+    For the other arguments see :class:`Measurement`.
+    """
+
+    models: dict[str, ModelSpec] | None = None
+    weights: str | None = None
+
+    def loaded(self) -> list[tuple[str, ZeroShotModel]]:
+        """Those of ``weights``, or of ``models``."""
+        if self.weights is not None:
+            model = load_model(ModelSpec(pretrained=self.weights))
+            return [(f"{model.record.name}-{model.record.method}", model)]
+        return [(label, load_model(spec)) for label, spec in (self.models or {"miniclip32": ModelSpec()}).items()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve(Measurement):
+    """The way from the original weights to robust ones: ``theta = (1 - a) theta_0 + a theta_robust``, clean and robust accuracy at each a.
+
+    Args:
+        base: the original model.
+        robust: what was fine-tuned from it.
+        shares: the values of a.
+
+    For the other arguments see :class:`Measurement`.
+    """
+
+    robust: ModelSpec
+    base: ModelSpec = field(default_factory=ModelSpec)
+    shares: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+
+    def loaded(self) -> list[tuple[str, ZeroShotModel]]:
+        """One model a share.
+
+        Raises:
+            ConfigError: no shares.
+        """
+        if not self.shares:
+            raise ConfigError("shares is empty: give one or more, such as [0, 0.5, 1].")
+        base, robust = load_model(self.base), load_model(self.robust)
+        return [(f"a={share:g}", interpolate(base, robust, share)) for share in self.shares]
+
+    def finish(self, cards: list[Labelled], place: Place) -> list[Labelled]:
+        """Also draws robust against clean accuracy."""
+        if place.rank == 0 and cards and (drawn := picture(cards, self.out / "curve.png", draw_curve)):
+            print(f"curve: {drawn}")
+        return super().finish(cards, place)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Shows cards again, as a table, table.csv and accuracy.png.
 
@@ -186,18 +237,24 @@ class Report:
         return found
 
 
-COMMANDS: dict[str, type[Evaluate] | type[Report]] = {"evaluate": Evaluate, "report": Report}
+COMMANDS: dict[str, type[Evaluate] | type[Curve] | type[Report]] = {"evaluate": Evaluate, "curve": Curve, "report": Report}
 
 
 def publish(cards: list[Labelled], out: Path) -> None:
     """The table on screen, then ``table.csv`` and ``accuracy.png``."""
     report.show(cards)
     print(f"table: {report.write_csv(cards, out / 'table.csv')}")
+    if drawn := picture(cards, out / "accuracy.png", draw):
+        print(f"picture: {drawn}")
+
+
+def picture(cards: list[Labelled], path: Path, drawer: Callable[[list[Labelled], Path], Path | None]) -> Path | None:
+    """The picture's path; none where there is nothing to draw, or matplotlib is missing (which is said)."""
     try:
-        if drawn := draw(cards, out / "accuracy.png"):
-            print(f"picture: {drawn}")
+        return drawer(cards, path)
     except RunError as error:
         print(error)
+        return None
 
 
 def torch_device(name: str) -> torch.device:
@@ -297,7 +354,7 @@ def main(args: list[str] | None = None) -> list[Labelled]:
         raise explained(error, parser) from error
     settings.pop("config", None)
     effective = parser.dump(settings, skip_unset=False)
-    if name == "evaluate":
+    if name != "report":
         print(in_short(effective, parser.dump(parser.get_defaults(), skip_unset=False, skip_validation=True)), flush=True)
     made: Any = COMMANDS[name](**vars(parser.instantiate(settings)))
     cards: list[Labelled] = made.run(command, effective)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aft.attacks import FGSM, PGD, ClassificationObjective, sample_keys
 from aft.batch import Batch
-from aft.clip import Encoding
 from aft.errors import ConfigError
 from aft.methods import AdversarialFineTuning
 
@@ -53,7 +54,8 @@ class CollapseWatch(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
         """Keeps the clean embeddings of the first batch, to measure the drift by."""
         if self.reference is None and isinstance(pl_module, AdversarialFineTuning):
-            self.reference = (batch, self._clean(pl_module, batch).unit_BD)
+            with quietly(pl_module.model):
+                self.reference = (batch, pl_module.model.encode(batch.images).unit_BD)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """A look, where it is due: the batch has labels and the method an attack with a radius."""
@@ -72,32 +74,17 @@ class CollapseWatch(L.Callback):
         model, text_KD = module.model, module.class_bank("train")
         objective = ClassificationObjective(lambda x: model(x, text_KD), labels_B, modules=(model,))
         keys_B = sample_keys(module.seed, module.current_epoch, batch.index)
-        answers_B = model.logits(self._clean(module, batch), text_KD).argmax(1)
-        robust = {}
-        for name, attack in (
-            ("one_step", FGSM(eps=eps, random_start=True)),
-            ("multi_step", PGD(eps=eps, relative_step_size=0.25, steps=self.steps, keep="best")),
-        ):
-            found_BCHW = attack(objective, batch.images, keys_B).x_BCHW
-            still_B = model.logits(self._clean(module, Batch(found_BCHW, batch.index)), text_KD).argmax(1) == labels_B
-            robust[name] = float(((answers_B == labels_B) & still_B).float().mean())
+        one_step = FGSM(eps=eps)
+        multi_step = PGD(eps=eps, relative_step_size=0.25, steps=self.steps, keep="best")
+        found = [attack(objective, batch.images, keys_B).x_BCHW for attack in (one_step, multi_step)]
         assert self.reference is not None
         first, before_BD = self.reference
-        drift = 1 - (self._clean(module, first).unit_BD * before_BD).sum(1).mean()
+        with quietly(model):
+            answers_B = model(batch.images, text_KD).argmax(1)
+            robust = [float(((answers_B == labels_B) & (model(x_BCHW, text_KD).argmax(1) == labels_B)).float().mean()) for x_BCHW in found]
+            drift = 1 - float((model.encode(first.images).unit_BD * before_BD).sum(1).mean())
         share = answers_B.bincount(minlength=len(text_KD)).max() / len(answers_B)
-        return {**robust, "drift": float(drift), "largest_class_share": float(share)}
-
-    @staticmethod
-    def _clean(module: AdversarialFineTuning, batch: Batch) -> Encoding:
-        """In eval mode, without a graph; modes are as before afterwards."""
-        modes = {part: part.training for part in module.model.modules()}
-        module.model.eval()
-        try:
-            with torch.no_grad():
-                return module.model.encode(batch.images)
-        finally:
-            for part, training in modes.items():
-                part.training = training
+        return {"one_step": robust[0], "multi_step": robust[1], "drift": drift, "largest_class_share": float(share)}
 
     def _warn(self, step: int, figures: dict[str, float]) -> None:
         one, multi, share = figures["one_step"], figures["multi_step"], figures["largest_class_share"]
@@ -113,3 +100,16 @@ class CollapseWatch(L.Callback):
                 f"collapse at step {step}: {100 * share:.0f} % of the images get one class. Lower lr, or look at eps and at the terms.",
                 stacklevel=2,
             )
+
+
+@contextmanager
+def quietly(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no graph; afterwards every part's mode is as before."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes.items():
+            part.training = training

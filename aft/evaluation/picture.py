@@ -1,9 +1,9 @@
-"""Accuracy against eps as a picture: one panel a label space, one line a model and protocol, chance as a dashed line."""
+"""Accuracy against eps, and robust against clean accuracy, as pictures: one panel a label space, no point without its standard error."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,23 @@ def draw(labelled: Sequence[Labelled], path: Path) -> Path | None:
         RunError: matplotlib is not installed.
     """
     panels = _panels([one for one in labelled if one[1]["threat"] is not None])
-    if not panels:
-        return None
+    return _save(panels, _draw_panel, "accuracy, %", path) if panels else None
+
+
+def draw_curve(labelled: Sequence[Labelled], path: Path) -> Path | None:
+    """Robust against clean accuracy, one line a radius and protocol, one point a model, in the order given. Bars are one standard error.
+
+    Returns:
+        ``path``; none where no card has an attack, so that there is nothing to draw.
+
+    Raises:
+        RunError: matplotlib is not installed.
+    """
+    panels = _panels([one for one in labelled if one[1]["threat"] is not None])
+    return _save(panels, _draw_curve_panel, "robust accuracy, %", path) if panels else None
+
+
+def _save(panels: dict[str, list[Labelled]], draw_panel: Callable[[Axes, str, Sequence[Labelled]], None], y: str, path: Path) -> Path:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -42,8 +57,8 @@ def draw(labelled: Sequence[Labelled], path: Path) -> Path | None:
     figure = Figure(figsize=(PANEL_INCHES[0] * len(panels), PANEL_INCHES[1]), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for panel, (title, of_panel) in zip(axes, panels.items(), strict=True):
-        _draw_panel(panel, title, of_panel)
-    axes[0].set_ylabel("accuracy, %")
+        draw_panel(panel, title, of_panel)
+    axes[0].set_ylabel(y)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png")
@@ -80,6 +95,26 @@ def _draw_panel(axes: Axes, title: str, labelled: Sequence[Labelled]) -> None:
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, framealpha=0.85, handlelength=3.5)
+
+
+def _draw_curve_panel(axes: Axes, title: str, labelled: Sequence[Labelled]) -> None:
+    lines: dict[tuple[str, float], list[Labelled]] = {}
+    for label, card in labelled:
+        lines.setdefault((card["protocol"]["name"], card["threat"]["eps"]), []).append((label, card))
+    for place, ((protocol, eps), of_line) in enumerate(lines.items()):
+        cards_of_line = [card for _, card in of_line]
+        x, y = ([100 * card[f"{kind}_accuracy"] for card in cards_of_line] for kind in ("clean", "robust"))
+        x_error, y_error = ([100 * card["standard_error"][kind] for card in cards_of_line] for kind in ("clean", "robust"))
+        name = f"{protocol} {255 * eps:.3g}/255, n = {cards_of_line[0]['data']['n']:,} ({_verdict(cards_of_line)})"
+        axes.errorbar(x, y, xerr=x_error, yerr=y_error, capsize=2, linewidth=1.4, markersize=5, label=name,
+                      color=COLOURS[place % len(COLOURS)], marker=MARKERS[place % len(MARKERS)])  # fmt: skip
+        for (label, _), clean, robust in zip(of_line, x, y, strict=True):
+            axes.annotate(label, (clean, robust), textcoords="offset points", xytext=(4, 5), fontsize=7, color="0.3")
+    axes.set(title=title, xlabel="clean accuracy, %")
+    axes.set_ylim(bottom=0)
+    axes.title.set_fontsize(10)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, framealpha=0.85)
 
 
 def _verdict(of_line: Sequence[Card]) -> str:

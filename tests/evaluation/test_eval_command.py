@@ -9,6 +9,8 @@ import torch
 import yaml
 
 import eval as command
+from aft.clip import load_model
+from aft.clip.pack import pack_tower
 from aft.errors import AftError
 from aft.evaluation import runner
 
@@ -48,6 +50,36 @@ def test_files_may_be_given_several_times_and_the_command_line_wins(tmp_path):
     stored = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert made[0][1]["data"]["n"] == 12 and (stored["n"], stored["seed"]) == (12, 3)
     assert command.main(["-c", str(tmp_path / "out" / "config.yaml")]) == made
+
+
+def test_largest_first_spares_survivors_and_says_so(tmp_path, capsys):
+    """Radii from the largest; the cards of the smaller ones name what was spared, and the table says it."""
+    made = run(tmp_path, "--protocols", "[pgd]", "--eps", "[0.1/255, 1/255]", "--largest_first", "true")
+    assert [round(255 * card["threat"]["eps"], 3) for _, card in made] == [1, 0.1]
+    large, small = (card for _, card in made)
+    spared = small["metrics"]["spared"]
+    assert spared["cell"] == large["cell"] and spared["images"] == round(20 * large["robust_accuracy"]) and "spared" not in large["metrics"]
+    assert small["robust_accuracy"] >= large["robust_accuracy"] and "Largest radius first" in capsys.readouterr().out
+
+
+def test_curve_measures_the_way_to_the_robust_weights(tmp_path, tiny_folder):
+    """Share 0 is the base, share 1 the tuned model; a picture of robust against clean accuracy."""
+    tuned = load_model("tiny")
+    with torch.no_grad():
+        for parameter in tuned.visual.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    pack_tower(tuned, tmp_path / "tuned.safetensors")
+    words = ["--data", "datamodules.Sample", "--n", "20", "--steps", "2", "--protocols", "[pgd]", "--eps", "[1/255]"]
+    made = command.main(["curve", *words, "--base.name", "tiny", "--robust.name", "tiny", "--robust.pretrained",
+                         str(tmp_path / "tuned.safetensors"), "--shares", "[0, 0.5, 1]", "--out", str(tmp_path / "curve")])  # fmt: skip
+    assert [label for label, _ in made] == ["a=0", "a=0.5", "a=1"] and (tmp_path / "curve" / "curve.png").stat().st_size > 5000
+    assert len({card["model"]["sha256"] for _, card in made}) == 3
+    ends = command.main([*words, "--models", "{m: {name: tiny}, t: {name: tiny, pretrained: %s}}" % (tmp_path / "tuned.safetensors"),
+                         "--out", str(tmp_path / "ends")])  # fmt: skip
+    for (_, on_curve), (_, alone) in zip((made[0], made[2]), ends, strict=True):
+        assert (on_curve["clean_accuracy"], on_curve["robust_accuracy"]) == (alone["clean_accuracy"], alone["robust_accuracy"])
+    with pytest.raises(AftError, match="shares is empty"):
+        command.main(["curve", *words, "--robust.name", "tiny", "--base.name", "tiny", "--shares", "[]", "--out", str(tmp_path / "none")])
 
 
 def test_ranks_share_the_work(tmp_path, monkeypatch):
