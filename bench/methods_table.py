@@ -1,6 +1,6 @@
 """Trains every method by one recipe and measures it: ``python -m bench.methods_table [--only NAME ...]``.
 
-``configs/methods_table.yaml`` has the recipe. Each method searches its rate on held-out training images, trains, and is measured on
+``bench/methods_table.yaml`` has the recipe. Each method searches its rate on held-out training images, trains, and is measured on
 Tiny-ImageNet's validation images and zero-shot on CIFAR-10. Everything is resumable: what is there is not done again. Runs lie in
 ``runs/methods_table``; the chosen rates, the weights' sha256 and the cost of a step go to ``results/methods_table/runs.json``.
 """
@@ -23,12 +23,12 @@ from aft.clip import ModelSpec, load_model
 from aft.clip.pack import pack_tower
 
 HERE = Path(__file__).resolve().parents[1]
-RECIPE = HERE / "configs" / "methods_table.yaml"
+RECIPE = HERE / "bench" / "methods_table.yaml"
 RUNS = HERE / "runs" / "methods_table"
 RESULTS = HERE / "results" / "methods_table"
 DATA = {"tiny_imagenet32": "configs/data/tiny_imagenet32.yaml", "cifar10": "configs/data/cifar10.yaml"}
 #: Rows whose image towers are committed before they are measured; of the others the sha256 is kept.
-COMMITTED = {"tecoa-seed0": "tecoa", "fare-seed0": "fare", "tga_zsr-seed0": "tga_zsr"}
+COMMITTED = {"tecoa_seed0": "tecoa", "fare_seed0": "fare", "tga_zsr_seed0": "tga_zsr"}
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def rows(recipe: dict[str, Any], only: list[str]) -> Iterator[tuple[str, dict[st
         method = Method.of(name, given)
         rate, tried = search(recipe, method)
         for seed in method.seeds:
-            label, folder = f"{name}-seed{seed}", RUNS / name / f"seed{seed}"
+            label, folder = f"{name}_seed{seed}", RUNS / name / f"seed{seed}"
             checkpoint = fit(recipe, method, folder, rate, recipe["train"]["steps"], seed)
             weights = weights_of(label, checkpoint)
             measure(recipe, label, weights)
