@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 RUN   := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check data clean
+.PHONY: help quickstart test stress check data clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -21,6 +21,9 @@ quickstart: $(STAMP) ## train a small robust CLIP on the sample data and measure
 # One thread a process: with more, torch's thread pools of the test processes fight for the same cores.
 test: $(STAMP) ## all tests, and the examples in the docstrings of the losses
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
+
+stress: $(STAMP) ## the tests of kills and of a full disk, ten times each
+	AFT_STRESS=1 $(RUN) -m pytest tests/callbacks/test_safety.py -k "kill_9 or full_disk"
 
 # No `ruff format --check`: formulas are laid out by hand.
 check: $(STAMP) ## ruff (style, common faults) and mypy (strict for aft)

@@ -285,6 +285,7 @@ def now_and_then(say: Callable[[str], None]) -> Callable[[str], None]:
     last = time.perf_counter()
 
     def perhaps(text: str) -> None:
+        """Says it, if the last line is long enough ago."""
         nonlocal last
         if time.perf_counter() - last >= SECONDS_BETWEEN_LINES:
             last = time.perf_counter()

@@ -24,7 +24,7 @@ from aft.errors import AftError, ConfigError, RunError
 from aft.methods import AdversarialFineTuning, OptimizerSpec
 from aft.methods.distributed import leave_process_group
 from aft.settings import dropped_settings, explain, flat, new_differences, underlying
-from callbacks import TerminalProgress
+from callbacks import RunLock, TerminalProgress
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "configs" / "base.yaml"
@@ -126,7 +126,14 @@ class Main(LightningCLI):
         if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
             return
         asked = self.settings.get("ckpt_path")
-        claim(self.run_folder, Path(self.settings.checkpoint.dirpath), self.effective, asked)
+        lock = RunLock(self.run_folder)
+        lock.acquire()
+        try:
+            claim(self.run_folder, Path(self.settings.checkpoint.dirpath), self.effective, asked)
+        except RunError:
+            lock.release()
+            raise
+        self.trainer.callbacks.append(lock)
         self._introduce(self.effective)
         if asked == "last":
             newest = Path(self.settings.checkpoint.dirpath) / "last.ckpt"
@@ -188,8 +195,14 @@ def claim(folder: Path, checkpoints: Path, effective: str, asked: str | None) ->
         asked: ``last``, a checkpoint's path, or none for a new run.
 
     Raises:
-        RunError: there are checkpoints, and this is not their continuation.
+        RunError: there are checkpoints, and this is not their continuation; or a checkpoint that Lightning would load unasked.
     """
+    stale = sorted(folder.glob("hpc_ckpt*.ckpt"))
+    if stale:
+        raise RunError(
+            f"{stale[-1]} is in the run folder: Lightning would load it in place of what was asked for. Move it away, or name it with "
+            "--ckpt_path from another folder."
+        )
     taken = any(checkpoints.glob("*.ckpt"))
     own = asked == "last" or (asked is not None and Path(asked).resolve().is_relative_to(folder.resolve()))
     if taken and not own:

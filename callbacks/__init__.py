@@ -7,6 +7,7 @@ from callbacks.farewell import Farewell
 from callbacks.image_log import ImageLog
 from callbacks.interruption import Interruption, Stopped
 from callbacks.progress import PlainProgress, TerminalProgress
+from callbacks.run_lock import RunLock
 from callbacks.throughput import Throughput
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ImageLog",
     "Interruption",
     "PlainProgress",
+    "RunLock",
     "Stopped",
     "TerminalProgress",
     "Throughput",

@@ -140,6 +140,7 @@ def load(source: Source, *, image_size: int | None, cache_bytes: int, max_bad_sh
     pixels = np.empty((len(source), 3, *size), np.uint8) if fits else None
 
     def examine(position: int) -> None:
+        """Decodes one file into its place, or looks at its header alone."""
         if pixels is None:
             return check_header(source, position, size if image_size is None else None)
         pixels_CHW = decode(source.read(position), image_size)
@@ -162,6 +163,7 @@ def examine_all(examine: Callable[[int], None], count: int, threads: int) -> dic
         Position to message, for the damaged ones. A DataError of ``examine`` is raised.
     """
     def one_chunk(start: int) -> dict[int, str]:
+        """The damaged ones of a few files."""
         bad = {}
         for position in range(start, min(start + CHUNK, count)):
             try:

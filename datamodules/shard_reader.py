@@ -92,6 +92,7 @@ def read_shard(location: Location, shard: Shard, first: int, last: int) -> Itera
     problems: list[str] = []
 
     def note(error: Exception) -> bool:
+        """Keeps what is wrong; the archive is read on."""
         problems.append(f"{type(error).__name__}: {error.args[0] if error.args else ''}")
         return False
 

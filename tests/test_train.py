@@ -66,6 +66,32 @@ def test_a_run_folder_belongs_to_one_run(config: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
 
 
+def test_two_processes_do_not_train_in_one_folder(config: Path, tmp_path: Path) -> None:
+    """R33: the second is told, nothing is written; once the first is gone (however it ended) the folder is free."""
+    (tmp_path / "run").mkdir()
+    code = "import sys, time; from pathlib import Path; from callbacks import RunLock; " \
+           "lock = RunLock(Path(sys.argv[1])); lock.acquire(); print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], cwd=train.HERE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with pytest.raises(RunError, match="another process trains in"):
+        fit(config)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
+    other.kill()
+    other.wait()
+    fit(config)
+
+
+def test_a_stale_checkpoint_of_a_cluster_job_is_refused(config: Path, tmp_path: Path) -> None:
+    """R7: Lightning would load hpc_ckpt_N.ckpt in place of what was asked for; the lock is free again afterwards."""
+    (tmp_path / "run").mkdir()
+    stale = tmp_path / "run" / "hpc_ckpt_3.ckpt"
+    stale.write_bytes(b"")
+    with pytest.raises(RunError, match=r"hpc_ckpt_3.ckpt is in the run folder"):
+        fit(config)
+    stale.unlink()
+    fit(config)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -170,6 +170,7 @@ class L2(ThreatModel):
         radius = max(self.radius * (1 - 1e-6) - rounding, 0.0)
 
         def project(adversarial_BCHW: Tensor) -> Tensor:
+            """Into the ball and the box."""
             change_BCHW = adversarial_BCHW - x_BCHW
             length_B111 = torch.linalg.vector_norm(change_BCHW, dim=(1, 2, 3), keepdim=True, dtype=torch.float64)
             factor_B111 = torch.where(length_B111 > radius, radius / length_B111, 1.0).to(x_BCHW.dtype)

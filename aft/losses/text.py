@@ -60,7 +60,7 @@ def rival_margins(text_KD: Tensor, margin: float, function: MarginFunction = "de
 
     Example:
         >>> import torch
-        >>> rival_margins(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]), 2.0, "increasing")[0].round(decimals=4)
+        >>> rival_margins(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]), 2.0, "increasing")[0].abs().round(decimals=4)
         tensor([0., 0., 2.])
     """
     if function not in MARGIN_FUNCTIONS:

@@ -164,7 +164,7 @@ def test_the_random_start_is_another_one_each_epoch_and_the_same_after_a_restart
 
 def test_a_view_touched_inside_the_attack_raises(model: Any) -> None:
     """Views learn; they open after the attack."""
-    views = Views(model, text={"class": lambda: torch.rand(3, 16)})
+    views = Views(model, text={"class": lambda: torch.rand(3, 16)}, fixed={})
     for touch in (lambda: views.adversarial, lambda: views.clean, lambda: views.text("class")):
         with pytest.raises(ConfigError, match="inside the attack"):
             touch()
