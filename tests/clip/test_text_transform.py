@@ -133,7 +133,8 @@ def test_it_travels_with_the_checkpoint(
     with pytest.raises(ConfigError, match="text_transform"):
         pack(loaded, tmp_path / "packed")
     further = method(ModelSpec(pretrained=str(tmp_path / "x.ckpt")), attack=PGD(eps="2/255", step_size="2/255", steps=1))
-    further._trainer = trainer
+    further._trainer = make_trainer(tmp_path)
+    further._trainer.datamodule = MemoryData(names=("horse", "car", "frog", "plane"))  # type: ignore[attr-defined]
     further.setup("fit")
     assert torch.equal(further.model.text_bank(names, data.templates), bank)  # not fitted or drawn anew
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from aft.attacks import PGD
 from aft.clip import ModelSpec, ZeroShotModel
-from aft.errors import RunError
+from aft.errors import ConfigError, RunError
 from aft.methods import OptimizerSpec, TeCoA
 from tests.conftest import MemoryData, make_trainer
 
@@ -54,6 +54,15 @@ def test_decay_is_of_matrices_alone(model: ZeroShotModel) -> None:
         decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         assert len(decays) == len(list(model.visual.parameters()))
         assert all((decay > 0) == (p.ndim >= 2) for p, decay in decays.items() if isinstance(p, nn.Parameter))
+
+
+def test_a_cosine_without_an_end_is_refused_before_the_first_step(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """A run without a last step has no last learning rate."""
+    method = TeCoA(tiny, attack=PGD(eps="8/255", step_size="4/255", steps=1))
+    trainer = make_trainer(tmp_path, max_steps=-1, max_epochs=-1, max_time={"seconds": 10}, limit_val_batches=0)
+    with pytest.raises(ConfigError, match="needs an end"):
+        trainer.fit(method, datamodule=data)
+    assert trainer.global_step == 0
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing_and_too_many_end_the_run(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
