@@ -2,13 +2,16 @@
 
 ``bench/methods_table.yaml`` has the recipe. Each method searches its rate on held-out training images, trains, and is measured on
 Tiny-ImageNet's validation images and zero-shot on CIFAR-10. Everything is resumable: what is there is not done again. Runs lie in
-``runs/methods_table``; the chosen rates, the weights' sha256 and the cost of a step go to ``results/methods_table/runs.json``.
+``runs/methods_table``; the chosen rates, the weights' sha256 and the cost of a step go to ``results/methods_table/runs.json``, the table
+to ``results/methods_table/README.md``. All methods are trained first. Rows whose weights belong in git are measured once they are there,
+so that a card's sha256 names a file that everybody has: commit them, and start again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,13 +24,14 @@ import yaml
 from aft.cards import write_whole
 from aft.clip import ModelSpec, load_model
 from aft.clip.pack import pack_tower
+from bench import methods_report
 
 HERE = Path(__file__).resolve().parents[1]
 RECIPE = HERE / "bench" / "methods_table.yaml"
 RUNS = HERE / "runs" / "methods_table"
 RESULTS = HERE / "results" / "methods_table"
 DATA = {"tiny_imagenet32": "configs/data/tiny_imagenet32.yaml", "cifar10": "configs/data/cifar10.yaml"}
-#: Rows whose image towers are committed before they are measured; of the others the sha256 is kept.
+#: Rows whose image towers are committed before they are measured; of the others the sha256 and the command are kept.
 COMMITTED = {"tecoa_seed0": "tecoa", "fare_seed0": "fare", "tga_zsr_seed0": "tga_zsr"}
 
 
@@ -47,7 +51,9 @@ class Method:
         return cls(name, given["class"], given.get("settings", {}), given.get("factor", 1.0), tuple(given.get("seeds", [0])))
 
 
-def fit(recipe: dict[str, Any], method: Method, folder: Path, rate: float, steps: int, seed: int) -> Path:
+def fit(
+    recipe: dict[str, Any], method: Method, folder: Path, rate: float, steps: int, seed: int, trainer: dict[str, Any] | None = None
+) -> Path:
     """Trains ``steps`` steps, going on where an earlier start stopped; returns the last checkpoint."""
     checkpoint = folder / "checkpoints" / "last.ckpt"
     if (folder / "done").exists():
@@ -59,7 +65,7 @@ def fit(recipe: dict[str, Any], method: Method, folder: Path, rate: float, steps
     model["init_args"]["optimizer"]["lr"] = rate
     settings["data"]["init_args"]["seed"] = seed
     settings["seed_everything"] = seed
-    settings["trainer"] |= {"max_steps": steps, "limit_val_batches": 0, "default_root_dir": str(folder)}
+    settings["trainer"] |= {"max_steps": steps, "limit_val_batches": 0, "default_root_dir": str(folder), **(trainer or {})}
     settings["checkpoint"] = {"monitor": None, "every_n_train_steps": 50}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
@@ -111,17 +117,31 @@ def search(recipe: dict[str, Any], method: Method) -> tuple[float, dict[str, Any
 def images_a_second(folder: Path) -> float:
     """Median of what the run logged."""
     speeds = [float(word.split()[-1]) for word in (folder / "log.txt").read_text().split("\n") if "images_per_second" in word]
-    return sorted(speeds)[len(speeds) // 2] if speeds else float("nan")
+    return statistics.median(speeds)
+
+
+def relative_costs(recipe: dict[str, Any], methods: list[Method]) -> dict[str, float]:
+    """Time of a training step over TeCoA's: short runs, one method after the other, in rounds; the median of the rounds' ratios."""
+    given, ratios = recipe["cost"], dict[str, list[float]]()
+    for turn in range(given["rounds"]):
+        speeds = {}
+        for method in methods:
+            folder = RUNS / "cost" / f"{method.name}-{turn}"
+            fit(recipe, method, folder, min(recipe["search"]["rates"]), given["steps"], 0, {"log_every_n_steps": 1})
+            speeds[method.name] = images_a_second(folder)
+        for name, speed in speeds.items():
+            ratios.setdefault(name, []).append(speeds["tecoa"] / speed)
+    return {name: statistics.median(values) for name, values in ratios.items()}
 
 
 def measure(recipe: dict[str, Any], label: str, weights: Path) -> None:
-    """Clean, and APGD at every radius, on both data sets; cards go to the results."""
+    """Clean, and PGD and APGD at every radius, on both data sets; cards go to the results."""
     given, out = recipe["evaluate"], RUNS / "eval"
     models = RUNS / f"{label}.yaml"
     models.write_text(yaml.safe_dump({"models": {label: {"name": "miniclip32", "pretrained": str(weights)}}}))
     eps = "[" + ", ".join(given["eps"]) + "]"
     for data in DATA.values():
-        run("eval.py", "-c", "configs/eval/apgd.yaml", "-c", data, "-c", str(models), "--protocols", "[clean, apgd]", "--eps", eps,
+        run("eval.py", "-c", "configs/eval/apgd.yaml", "-c", data, "-c", str(models), "--protocols", "[clean, pgd, apgd]", "--eps", eps,
             "--n", str(given["n"]), "--steps", str(given["steps"]), "--targets", str(given["targets"]), "--largest_first", "true",
             "--out", str(out), log=RUNS / f"{label}.txt")  # fmt: skip
     for path in (out / "cards" / label).iterdir():
@@ -130,7 +150,7 @@ def measure(recipe: dict[str, Any], label: str, weights: Path) -> None:
 
 
 def weights_of(label: str, checkpoint: Path) -> Path:
-    """What is measured: a committed image tower where the row has one, else the checkpoint itself."""
+    """What is measured: a packed image tower where the row's weights belong in git, else the checkpoint itself."""
     if label not in COMMITTED:
         return checkpoint
     tower = HERE / "results" / "weights" / f"{COMMITTED[label]}.safetensors"
@@ -139,34 +159,63 @@ def weights_of(label: str, checkpoint: Path) -> Path:
     return tower.relative_to(HERE)
 
 
-def rows(recipe: dict[str, Any], only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every run, one after the other: its label and what is kept of it."""
-    for name, given in recipe["methods"].items():
-        if only and name not in only:
-            continue
-        method = Method.of(name, given)
+def in_git(path: Path) -> bool:
+    """Whether the last commit holds this very file."""
+    known = subprocess.run(["git", "cat-file", "-e", f"HEAD:{path}"], cwd=HERE, capture_output=True).returncode == 0
+    return known and subprocess.run(["git", "diff", "--quiet", "HEAD", "--", str(path)], cwd=HERE).returncode == 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trained run: its label, its weights as they are measured, and what is kept of it."""
+
+    label: str
+    weights: Path
+    told: dict[str, Any]
+
+
+def trained(recipe: dict[str, Any], methods: list[Method]) -> Iterator[Row]:
+    """Every run, one after the other."""
+    for method in methods:
         rate, tried = search(recipe, method)
         for seed in method.seeds:
-            label, folder = f"{name}_seed{seed}", RUNS / name / f"seed{seed}"
-            checkpoint = fit(recipe, method, folder, rate, recipe["train"]["steps"], seed)
-            weights = weights_of(label, checkpoint)
-            measure(recipe, label, weights)
-            record = load_model(ModelSpec("miniclip32", str(weights))).record
-            yield label, {"rate": rate, "search": tried, "sha256": record.sha256, "images_per_second": images_a_second(folder),
-                          "command": f"python -m bench.methods_table --only {name}"}  # fmt: skip
+            label, folder = f"{method.name}_seed{seed}", RUNS / method.name / f"seed{seed}"
+            weights = weights_of(label, fit(recipe, method, folder, rate, recipe["train"]["steps"], seed))
+            sha256 = load_model(ModelSpec("miniclip32", str(weights))).record.sha256
+            command = f"python -m bench.methods_table --only {method.name}"
+            yield Row(label, weights, {"rate": rate, "search": tried, "sha256": sha256, "command": command})
+
+
+def keep(name: str, told: dict[str, Any]) -> None:
+    """Adds to ``results/methods_table/NAME``."""
+    path = RESULTS / name
+    before = json.loads(path.read_text()) if path.exists() else {}
+    write_whole(path, (json.dumps({**before, **told}, indent=1) + "\n").encode())
 
 
 def main() -> None:
-    """Runs what is missing and keeps what came of it."""
+    """Does what is missing, and writes the table of what is there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[], help="names of methods; none: all")
-    only = parser.parse_args().only
+    parser.add_argument("--cost", action="store_true", help="also measure the time of a step (let nothing else run)")
+    parser.add_argument("--show", action="store_true", help="only write the table again, from the cards that are there")
+    given = parser.parse_args()
     recipe = yaml.safe_load(RECIPE.read_text())
-    kept = RESULTS / "runs.json"
-    for label, told in rows(recipe, only):
-        runs = json.loads(kept.read_text()) if kept.exists() else {}
-        write_whole(kept, (json.dumps({**runs, label: told}, indent=1) + "\n").encode())
-        print(f"{label}: rate {told['rate']:g}, {told['images_per_second']:.0f} images/s", flush=True)
+    methods = [Method.of(name, told) for name, told in recipe["methods"].items() if not given.only or name in given.only]
+    if not given.show:
+        rows = []
+        for row in trained(recipe, methods):
+            keep("runs.json", {row.label: row.told})
+            print(f"{row.label}: rate {row.told['rate']:g}, trained", flush=True)
+            rows.append(row)
+        if missing := [str(row.weights) for row in rows if row.label in COMMITTED and not in_git(row.weights)]:
+            sys.exit(f"commit {' '.join(missing)}, then start again: what is measured should be in git.")
+        for row in rows:
+            measure(recipe, row.label, row.weights)
+            print(f"{row.label}: measured", flush=True)
+    if given.cost:
+        keep("cost.json", relative_costs(recipe, methods))
+    write_whole(RESULTS / "README.md", methods_report.page(recipe, RESULTS).encode())
 
 
 if __name__ == "__main__":
