@@ -20,6 +20,7 @@ from aft.clip import ModelSpec, TrainableSpec, weights
 from aft.methods import AdversarialFineTuning, OptimizerSpec, TeCoA
 from aft.methods.distributed import leave_process_group
 from callbacks import AtomicCheckpointIO, Interruption
+from datamodules import ImageFolder, Shards
 from tests.conftest import MemoryData
 from tests.methods.recipes import build
 from train import DDP
@@ -57,14 +58,15 @@ class Spoil(L.Callback):
 
 
 def run(
-    method: AdversarialFineTuning, devices: int, folder: Path, steps: int, callbacks: list[L.Callback], data: Split | None, **settings: Any
-) -> L.Trainer:
-    """Fits it in float64."""
+    method: AdversarialFineTuning, devices: int, folder: Path, steps: int, callbacks: list[L.Callback],
+    data: L.LightningDataModule | None, **settings: Any,
+) -> L.Trainer:  # fmt: skip
+    """Fits it, in float64 unless said otherwise."""
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy=DDPStrategy(**{**DDP, "timeout": None}) if devices > 1 else "auto", max_steps=steps,
-        max_epochs=-1, precision="64-true", logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        max_epochs=-1, logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
         use_distributed_sampler=False, default_root_dir=str(folder), callbacks=callbacks, plugins=[AtomicCheckpointIO()],
-        **{"enable_checkpointing": False, **settings},
+        **{"precision": "64-true", "enable_checkpointing": False, **settings},
     )  # fmt: skip
     trainer.fit(method, datamodule=data or Split(count=24, batch_size=8, dtype=torch.float64))
     return trainer
@@ -135,10 +137,18 @@ def spoiled(devices: int, folder: Path, settings: dict[str, Any]) -> None:
     torch.save(method.model.state_dict(), folder / f"rank{trainer.global_rank}.pt")
 
 
+def damaged(devices: int, folder: Path, settings: dict[str, Any]) -> None:
+    """An epoch over data that may be damaged; ``settings`` say which."""
+    kind = settings.pop("kind")
+    data = (ImageFolder if kind == "folder" else Shards)(batch_size=2, augment="none", **settings)
+    run(build("tecoa", ModelSpec("tiny")), devices, folder, 4, [], data, precision="32-true")
+
+
 if __name__ == "__main__":
     job, devices, folder, settings = sys.argv[1:]
     weights.EMBEDDED["tiny"] = Path(folder) / "tiny"
     try:
-        {"step": step, "methods": methods, "endless": endless, "spoiled": spoiled}[job](int(devices), Path(folder), json.loads(settings))
+        jobs = {"step": step, "methods": methods, "endless": endless, "spoiled": spoiled, "damaged": damaged}
+        jobs[job](int(devices), Path(folder), json.loads(settings))
     finally:
         leave_process_group()
