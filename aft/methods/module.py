@@ -220,8 +220,13 @@ class ClipModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the model's record, so that the file alone rebuilds the model, and the classes that it learns."""
-        header = checkpoint_header(self.model, self.method, self.eps_trained, self.trainable_spec.settings())
+        header = checkpoint_header(self.model, self.recipe, self.eps_trained, self.trainable_spec.settings())
         checkpoint["aft"] = {**header, "classes": list(self.data.class_lists["train"])}
+
+    @property
+    def recipe(self) -> str:
+        """The name of what trains, for checkpoints and cards."""
+        return self.method
 
     @property
     def eps_trained(self) -> float | None:

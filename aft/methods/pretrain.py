@@ -37,6 +37,11 @@ class ContrastivePretraining(LearningFromCaptions):
     def __init__(self, *args: Any, captions_per: Literal["class", "image"] = "class", **kwargs: Any) -> None:
         super().__init__(*args, captions_per=captions_per, **kwargs)
 
+    @property
+    def recipe(self) -> str:
+        """Not the method's own name where an attack makes it an adversarial one."""
+        return self.method if self.attack is None else "adversarial_pretraining"
+
     def live_banks(self, targets: Targets) -> dict[str, Callable[[], Tensor]]:
         """The captions' embeddings with gradient: the text tower learns."""
         captions = targets.captions

@@ -15,11 +15,12 @@ import eval as eval_command
 from aft.attacks import PGD, sample_keys
 from aft.clip import ModelSpec, cost, load_model
 from aft.clip.weights import describe
-from aft.methods import AdversarialFineTuning
+from aft.methods import AdversarialFineTuning, OptimizerSpec
 from aft.methods.targets import Targets
 from aft.methods.views import Views
 from tests.conftest import Calls, MemoryData, make_trainer
 from tests.methods.recipes import RECIPES, build
+from tests.towers import register
 
 every_method = pytest.mark.parametrize("name", RECIPES)
 
@@ -146,6 +147,19 @@ def test_fit_resume_validate_evaluate(name: str, tiny: ModelSpec, data: MemoryDa
         eval_command.main(["-c", "configs/data/sample.yaml", *told])
         (card,) = (json.loads(path.read_text()) for path in (tmp_path / "eval" / "cards").rglob("*.json"))
         assert card["model"]["method"] == RECIPES[name].kind.method and card["status"] == "complete"
+
+
+@every_method
+def test_every_method_trains_a_resnet(name: str, data: MemoryData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patch tokens through the attention pool's value and output projections; BatchNorm's statistics stay."""
+    register(monkeypatch, tmp_path)
+    method = build(name, ModelSpec("resnet", "random"), optimizer=OptimizerSpec(name="sgd", lr=1e-3, schedule="constant"))
+    before = {key: value.clone() for key, value in method.model.visual.state_dict().items()}
+    make_trainer(tmp_path, limit_val_batches=0).fit(method, datamodule=data)
+    after = method.model.visual.state_dict()
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert any(not torch.equal(value, before[key]) for key, value in after.items())
+    assert all(torch.equal(value, before[key]) for key, value in after.items() if "running" in key or "num_batches" in key)
 
 
 @pytest.mark.parametrize(("name", "taken"), [

@@ -61,6 +61,7 @@ def test_both_towers_and_the_scale_learn_and_the_loss_falls(data: MemoryData, tm
     assert not [name for name in before if torch.equal(before[name], after[name]) and name not in ("attn_mask",)]
     assert calls.count == 24 * (1 if attack is None else 3)
     assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+    assert method.recipe == ("none" if attack is None else "adversarial_pretraining")
 
 
 def test_the_scale_stays_at_100_or_below(data: MemoryData, tmp_path: Path) -> None:
