@@ -35,13 +35,14 @@ def test_fgsm_at_a_large_eps_overfits_and_is_seen(tiny: ModelSpec, tmp_path: Pat
 
 def test_it_changes_nothing_and_logs_its_figures(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
     """Weights after four steps are the same to the bit with and without it; the four figures are shares."""
-    def train(callbacks: list[CollapseWatch]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def train(callbacks: list[CollapseWatch]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, bool]]:
         method = TeCoA(tiny, attack=PGD(eps="8/255", step_size="4/255", steps=1), optimizer=OptimizerSpec(lr=1e-3))
         trainer = make_trainer(tmp_path, max_steps=4, limit_val_batches=0, callbacks=callbacks)
         trainer.fit(method, datamodule=data)
-        return method.state_dict(), trainer.callback_metrics
+        return method.state_dict(), trainer.callback_metrics, {name: part.training for name, part in method.model.named_modules()}
 
-    (plain, _), (watched, logged) = train([]), train([CollapseWatch(every=2, steps=3)])
+    (plain, _, modes), (watched, logged, watched_modes) = train([]), train([CollapseWatch(every=2, steps=3)])
+    assert modes == watched_modes and any(modes.values())
     assert all(torch.equal(value, watched[key]) for key, value in plain.items())
     assert all(0 <= float(logged[f"watch/{name}"]) <= 1 for name in ("one_step", "multi_step", "largest_class_share"))
     assert 0 < float(logged["watch/drift"]) < 2

@@ -288,5 +288,7 @@ def test_what_the_data_or_the_trainer_cannot_give_is_refused(tiny: ModelSpec, da
 def test_tokens_of_a_tower_without_any_are_refused(data: MemoryData, tmp_path: Path) -> None:
     """A ConvNeXt pools before it projects; the error names the tower."""
     method = TGAZSR(ModelSpec("convnext_base", "random"), attack=ATTACK)
+    trainer = make_trainer(tmp_path, limit_val_batches=0)
+    method._trainer, trainer.datamodule = trainer, data  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="token"):
-        make_trainer(tmp_path, limit_val_batches=0).fit(method, datamodule=data)
+        method.setup("fit")  # before the first step
