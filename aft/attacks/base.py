@@ -5,7 +5,7 @@ Shapes: B images, C channels, H rows, W columns; n of the B are still under atta
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +65,8 @@ class Targetable(Objective, Protocol):
     def wrong_classes(self, x_nCHW: Tensor, rows_n: Tensor, count: int) -> Tensor:
         """The ``count`` most likely wrong classes of each image, most likely first, int64 ``[n, count]``."""
 
-    def towards(self, targets_B: Tensor) -> Objective:
-        """The objective that grows as samples near the classes ``targets_B``."""
+    def towards(self, targets_B: Tensor, loss: Literal["dlr_targeted", "margin_targeted"] = "dlr_targeted") -> Objective:
+        """The objective that grows as samples near the classes ``targets_B``; the margin is zero on the boundary."""
 
 
 class Attack(ABC):

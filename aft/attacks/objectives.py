@@ -15,8 +15,9 @@ from torch.nn import functional
 from aft.attacks.base import Judged
 from aft.errors import ConfigError, InputError, unknown_name
 
-LossName = Literal["ce", "margin", "dlr", "dlr_targeted"]
-CLASSES_NEEDED = {"ce": 2, "margin": 2, "dlr": 3, "dlr_targeted": 4}
+LossName = Literal["ce", "margin", "dlr", "dlr_targeted", "margin_targeted"]
+TargetedLoss = Literal["dlr_targeted", "margin_targeted"]
+CLASSES_NEEDED = {"ce": 2, "margin": 2, "dlr": 3, "dlr_targeted": 4, "margin_targeted": 2}
 
 
 def ce(logits_nK: Tensor, labels_n: Tensor) -> Tensor:
@@ -72,6 +73,18 @@ def dlr_targeted(logits_nK: Tensor, labels_n: Tensor, targets_n: Tensor) -> Tens
     return (_at(logits_nK, targets_n) - _at(logits_nK, labels_n)) / (spread_n + 1e-12)
 
 
+def margin_targeted(logits_nK: Tensor, labels_n: Tensor, targets_n: Tensor) -> Tensor:
+    """Margin of one wrong class, ``z_t - z_y``: zero on the boundary between the two.
+
+    Example:
+        >>> import torch
+        >>> margin_targeted(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]), torch.tensor([1]))
+        tensor([-2.])
+    """
+    return _at(logits_nK, targets_n) - _at(logits_nK, labels_n)
+
+
+_TARGETED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"dlr_targeted": dlr_targeted, "margin_targeted": margin_targeted}
 _UNTARGETED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": ce, "margin": margin, "dlr": dlr}
 
 
@@ -82,8 +95,8 @@ class ClassificationObjective:
     Args:
         logits: maps images ``[n, C, H, W]`` to logits ``[n, K]``; lower precision is raised to fp32 before the loss.
         labels_B: the right classes, int64 ``[B]`` in ``[0, K)``.
-        loss: ``ce``, ``margin``, ``dlr`` (3 classes or more), or ``dlr_targeted`` (4 or more, with ``targets_B``).
-        targets_B: classes to go to, int64 ``[B]``; for ``dlr_targeted`` alone.
+        loss: ``ce``, ``margin``, ``dlr`` (3 classes or more); with ``targets_B`` ``dlr_targeted`` (4 or more) or ``margin_targeted``.
+        targets_B: classes to go to, int64 ``[B]``; for the targeted losses alone.
         modules: what to freeze and put in eval mode during the attack.
 
     Raises:
@@ -101,9 +114,11 @@ class ClassificationObjective:
     def __post_init__(self) -> None:
         if self.loss not in CLASSES_NEEDED:
             raise ConfigError(unknown_name("loss", str(self.loss), CLASSES_NEEDED))
-        if (self.loss == "dlr_targeted") != (self.targets_B is not None):
+        if (self.loss in _TARGETED) != (self.targets_B is not None):
             given = "none" if self.targets_B is None else "some"
-            raise ConfigError(f"loss = {self.loss!r} came with {given} targets_B: dlr_targeted needs them, every other loss takes none.")
+            raise ConfigError(
+                f"loss = {self.loss!r} came with {given} targets_B: {' and '.join(_TARGETED)} need them, every other loss takes none."
+            )
         for name, classes_B in (("labels_B", self.labels_B), ("targets_B", self.targets_B)):
             if classes_B is not None:
                 object.__setattr__(self, "_highest", max(self._highest, _highest_class(classes_B, name)))
@@ -113,14 +128,14 @@ class ClassificationObjective:
         logits_nK = self._checked_logits(x_nCHW)
         labels_n = self.labels_B[rows_n]
         if self.targets_B is not None:
-            loss_n = dlr_targeted(logits_nK, labels_n, self.targets_B[rows_n])
+            loss_n = _TARGETED[self.loss](logits_nK, labels_n, self.targets_B[rows_n])
         else:
             loss_n = _UNTARGETED[self.loss](logits_nK, labels_n)
         return Judged(loss_n, logits_nK.detach().argmax(1) != labels_n)
 
-    def towards(self, targets_B: Tensor) -> "ClassificationObjective":
-        """The same classifier under targeted DLR towards ``targets_B``."""
-        return replace(self, loss="dlr_targeted", targets_B=targets_B)
+    def towards(self, targets_B: Tensor, loss: TargetedLoss = "dlr_targeted") -> "ClassificationObjective":
+        """The same classifier under a targeted loss towards ``targets_B``."""
+        return replace(self, loss=loss, targets_B=targets_B)
 
     def wrong_classes(self, x_nCHW: Tensor, rows_n: Tensor, count: int) -> Tensor:
         """The ``count`` most likely wrong classes, most likely first, int64 ``[n, count]``.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from aft.attacks import APGD, FGSM, PGD, APGDTargeted, ClassificationObjective, sample_keys
+from aft.attacks import APGD, FGSM, PGD, APGDTargeted, ClassificationObjective, FABTargeted, Square, sample_keys
 
 CLASSES, SIZE = 6, 16
 
@@ -92,6 +92,9 @@ ATTACKS = {
     "apgd": APGD(eps="8/255", steps=8),
     "apgd_l2": APGD(eps=0.5, steps=8, norm="l2"),
     "apgd_targeted": APGDTargeted(eps="8/255", steps=5, targets=3),
+    "fab_targeted": FABTargeted(eps="8/255", steps=5, targets=3),
+    "fab_targeted_l2": FABTargeted(eps=0.5, steps=5, targets=2, norm="l2"),
+    "square": Square(eps="32/255", steps=40),
 }
 
 
@@ -121,8 +124,8 @@ class Watched:
     def wrong_classes(self, x, rows, count):
         return self.inner.wrong_classes(x, rows, count)
 
-    def towards(self, targets):
-        return Watched(self.inner.towards(targets), self.at_call, self.act)
+    def towards(self, targets, loss="dlr_targeted"):
+        return Watched(self.inner.towards(targets, loss), self.at_call, self.act)
 
 
 @pytest.fixture(scope="session")

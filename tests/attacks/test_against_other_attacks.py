@@ -6,7 +6,7 @@ Foreign attacks read the global random generator, so they run inside ``fork_rng`
 import pytest
 import torch
 
-from aft.attacks import APGD, PGD, APGDTargeted
+from aft.attacks import APGD, PGD, APGDTargeted, FABTargeted, Square
 
 EPS = {"linf": 6 / 255, "l2": 0.6}
 
@@ -46,6 +46,33 @@ def test_targeted_apgd_is_as_strong_as_autoattacks(classifier, many, objective_o
     with torch.random.fork_rng():
         reference = base.APGDAttack_targeted(classifier, n_iter=8, norm="Linf", eps=EPS["linf"], n_target_classes=3, device="cpu")
         theirs = reference.perturb(images, labels)
+    compare(classifier, ours, theirs, many, record_property)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_targeted_fab_is_as_strong_as_autoattacks(classifier, many, objective_of, record_property, norm):
+    """FAB-T, 2 targets of 20 steps, against pyautoattack's at the same budget."""
+    reference = pytest.importorskip("pyautoattack.fab_pt", reason="the reference for FAB-T")
+    images, labels, keys = (part[:150] for part in many)
+    ours = FABTargeted(eps=EPS[norm], norm=norm, steps=20, targets=2)(objective_of(classifier, labels), images, keys).x_BCHW
+    with torch.random.fork_rng():
+        theirs = reference.FABAttack_PT(
+            classifier, n_restarts=1, n_iter=20, eps=EPS[norm], seed=0, norm=norm.capitalize(), targeted=True, device="cpu"
+        )
+        theirs.n_target_classes = 2
+        found = theirs.perturb(images, labels)
+    compare(classifier, ours, found, (images, labels, keys), record_property)
+
+
+def test_square_is_as_strong_as_autoattacks(classifier, many, objective_of, record_property):
+    """Square, 300 windows at 16/255, against pyautoattack's with as many queries."""
+    reference = pytest.importorskip("pyautoattack.square", reason="the reference for Square")
+    images, labels, keys = many
+    ours = Square(eps=16 / 255, steps=300)(objective_of(classifier, labels, "margin"), images, keys).x_BCHW
+    with torch.random.fork_rng():
+        theirs = reference.SquareAttack(
+            classifier, p_init=0.8, n_queries=300, eps=16 / 255, norm="Linf", n_restarts=1, seed=0, device="cpu", resc_schedule=True
+        ).perturb(images, labels)
     compare(classifier, ours, theirs, many, record_property)
 
 

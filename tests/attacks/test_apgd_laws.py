@@ -73,9 +73,9 @@ def test_targeted_goes_through_the_wrong_classes_in_turn(network, batch, objecti
     aims = []
 
     class Noting(watch):
-        def towards(self, targets):
+        def towards(self, targets, loss="dlr_targeted"):
             aims.append(targets)
-            return super().towards(targets)
+            return super().towards(targets, loss)
 
     objective = objective_of(network, labels)
     APGDTargeted(eps="1/255", steps=1, targets=5)(Noting(objective), images, keys)

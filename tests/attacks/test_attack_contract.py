@@ -148,7 +148,7 @@ def test_best_is_what_a_fresh_forward_sees(attack, network, batch, objective_of)
         return
     judged = objective_of(network.eval(), labels)(result.x_BCHW, torch.arange(12))
     assert torch.equal(judged.broken_n, result.broken_B) and result.broken_B.any() and not result.broken_B.all()
-    if attack.name != "apgd_targeted":
+    if "targeted" not in attack.name:  # these raise another loss
         assert torch.allclose(judged.loss_n, result.loss_B, atol=1e-5)
         assert (result.gain_B >= 0).all()
 
@@ -218,7 +218,8 @@ def test_nan_never_leaves_an_attack(attack, network, batch, objective_of, what, 
     from_call = attack.describe()["steps"] if late else 1
     result = attack(watch(objective_of(network, labels), from_call, poison(what)), images, keys)
     assert result.x_BCHW.isfinite().all() and result.x_BCHW.min() >= 0 and result.x_BCHW.max() <= 1
-    assert result.finite_B[1:].all() and (late or not result.finite_B[0])
+    seen = what == "loss" or attack.name != "square"  # which takes no gradient
+    assert result.finite_B[1:].all() and (late or not seen or not result.finite_B[0])
     assert late or what == "gradient" or result.broken_B is None or not result.broken_B[0]
 
 
