@@ -48,11 +48,11 @@ class Measurement:
         data: datamodule with ``evaluation_set(split)``, as in ``configs/data/*.yaml``.
         split: of the data set.
         label_spaces: name -> class names to keep and to classify among; null: all classes.
-        protocols: any of clean, pgd, apgd, strict; each is a column.
+        protocols: any of clean, pgd, apgd, strict, four, autoattack_standard, autoattack_rand; each is a column.
         eps: radii in units of the pixel range, such as 2/255.
         norm: of the radii.
-        steps: of each attack (strict has its own).
-        targets: classes a targeted attack aims at, clipped to the number of wrong classes (strict has its own).
+        steps: of each attack (strict, four and autoattack have their own).
+        targets: classes a targeted attack aims at, clipped to the number of wrong classes (strict, four and autoattack have their own).
         n: images of each label space, the first of a fixed balanced order; null: all.
         largest_first: measure the largest radius first, and take images that it does not break as robust at the smaller ones without
             attacking them again. Cheaper; the smaller radii's accuracy can only come out higher, and their cards say it.
@@ -129,7 +129,7 @@ class Measurement:
     def plans(self, classes: int) -> Iterator[Protocol]:
         """Every protocol at every radius; the clean one once."""
         if not self.protocols:
-            raise ConfigError("protocols is empty: give one or more of clean, pgd, apgd, strict.")
+            raise ConfigError("protocols is empty: give one or more, such as clean or apgd.")
         for name in self.protocols:
             radii: list[float | str] = [0] if name == "clean" else self.eps
             if not radii:

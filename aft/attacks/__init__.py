@@ -1,6 +1,7 @@
 """The shared generator of adversarial examples: ``attack(objective, x_BCHW, keys_B) -> Adversarial``. Knows nothing of Lightning."""
 
 from aft.attacks.apgd import APGD, APGDTargeted
+from aft.attacks.autoattack import StockAttack
 from aft.attacks.base import Adversarial, Attack, Judged, Objective, Targetable
 from aft.attacks.fab import FABTargeted
 from aft.attacks.guards import undisturbed
@@ -13,6 +14,6 @@ from aft.attacks.threat_model import L2, Linf, ThreatModel, pixel_fraction, thre
 
 __all__ = [
     "APGD", "APGDTargeted", "Adversarial", "Attack", "ClassificationObjective", "FABTargeted", "FGSM", "Judged", "L2", "Linf",
-    "Objective", "PGD", "Square", "Targetable", "ThreatModel", "ce", "dlr", "dlr_targeted", "margin", "margin_targeted", "normal",
-    "pixel_fraction", "sample_keys", "threat_model", "undisturbed", "uniform", "value", "value_and_gradient",
+    "Objective", "PGD", "Square", "StockAttack", "Targetable", "ThreatModel", "ce", "dlr", "dlr_targeted", "margin", "margin_targeted",
+    "normal", "pixel_fraction", "sample_keys", "threat_model", "undisturbed", "uniform", "value", "value_and_gradient",
 ]  # fmt: skip

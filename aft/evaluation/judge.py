@@ -176,7 +176,8 @@ class Judge:
         spared_n = torch.tensor([row in spared for row in rows], device=self.device)
         course = _Course(shown_nCHW, truth_n, keys_n, answer_n, right_n, spared_n)
         for planned in self.cell.protocol.attacks:
-            self.attack(planned, course)
+            shown = planned.limit(len(self.cell.data))
+            self.attack(planned, course, torch.tensor([row < shown for row in rows], device=self.device))
         columns = {"row": torch.as_tensor(rows), "index": batch.index, "label": batch.labels, "clean_answer": answer_n, "clean": right_n}
         return {name: _array(column) for name, column in {**columns, **course.columns()}.items()}, course.shown_nCHW
 
@@ -186,9 +187,9 @@ class Judge:
             outputs = self.task.forward(self.model, images_nCHW.detach().float(), self.context)
         return self.task.answer(outputs), self.task.score(outputs, truth_n)
 
-    def attack(self, planned: Planned, course: _Course) -> None:
-        """Shows one attack the images that are still right, and records what came of it."""
-        rows_n = (course.right_n & ~course.spared_n).nonzero().flatten()
+    def attack(self, planned: Planned, course: _Course, meant_n: Tensor) -> None:
+        """Shows one attack the images that are still right, of those that it is meant for, and records what came of it."""
+        rows_n = (course.right_n & ~course.spared_n & meant_n).nonzero().flatten()
         right_n, agree_n = course.right_n.clone(), torch.ones_like(course.right_n)
         if len(rows_n):
             clean_nCHW, truth_n = course.clean_nCHW[rows_n], course.truth_n[rows_n]

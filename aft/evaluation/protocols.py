@@ -1,6 +1,7 @@
 """Named lists of attacks, and what they become for a number of classes.
 
-A name says exactly what runs: ``apgd`` is APGD-CE and then targeted APGD, and is never called AutoAttack.
+A name says exactly what runs: ``apgd`` is APGD-CE and then targeted APGD, and is never called AutoAttack; ``autoattack_*`` runs the
+authors' own code, ``four`` the same four attacks as written here.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from aft.attacks import APGD, PGD, APGDTargeted
+from aft.attacks import APGD, PGD, APGDTargeted, FABTargeted, Square, StockAttack
+from aft.attacks.autoattack import StockName
 from aft.attacks.base import Attack
 from aft.attacks.objectives import CLASSES_NEEDED, LossName
 from aft.attacks.threat_model import Norm, pixel_fraction
@@ -17,7 +19,10 @@ from aft.errors import ConfigError, unknown_name
 
 #: Step size of the evaluation's PGD as a share of eps, times the number of steps: the walk can cross the ball (arXiv 1706.06083).
 PGD_REACH = 2.5
-STRICT_STEPS, STRICT_TARGETS = 100, 9
+#: AutoAttack's settings (arXiv 2003.01690), which ``strict`` shares.
+STEPS, TARGETS, QUERIES, EOT = 100, 9, 5000, 20
+#: ``strict`` shows so many windows of Square to this share of the images: it tells whether gradients hide something.
+STRICT_QUERIES, STRICT_SHARE = 1000, 0.2
 
 
 @dataclass(frozen=True)
@@ -48,20 +53,26 @@ class Planned:
         loss: what it maximises.
         attack: the attack itself.
         targets: how many classes it aims at; none for an untargeted one.
+        share: of the images, the first ones of their order, that it is shown.
     """
 
     name: str
     loss: LossName
     attack: Attack
     targets: int | None = None
+    share: float = 1.0
+
+    def limit(self, n: int) -> int:
+        """How many of ``n`` images it is shown, at least one."""
+        return max(1, round(self.share * n))
 
     def describe(self, n: int) -> dict[str, Any]:
-        """The entry of a card's ``attacks``; ``n`` is the number of images it is planned for."""
+        """The entry of a card's ``attacks``; of ``n`` images."""
         told = self.attack.describe()
         return {
             "name": self.name, "loss": self.loss, "steps": told.get("steps"), "step_size": told.get("step_size"),
             "restarts": told.get("restarts", 1), "keep": told.get("keep", "best"), "eot": told.get("eot", 1), "target": self.targets,
-            "n": n,
+            "n": self.limit(n),
         }  # fmt: skip
 
 
@@ -107,11 +118,43 @@ def apgd(budget: Budget) -> tuple[Planned, ...]:
 
 
 def strict(budget: Budget) -> tuple[Planned, ...]:
-    """``apgd`` with 100 steps and 9 targets, whatever the command asks for."""
-    return apgd(Budget(budget.eps, STRICT_STEPS, STRICT_TARGETS, budget.classes, budget.norm))
+    """``apgd`` with 100 steps and 9 targets, whatever the command asks for; then Square with 1,000 windows on a fifth of the images."""
+    square = Planned("square", "margin", Square(eps=budget.eps, steps=STRICT_QUERIES), share=STRICT_SHARE)
+    return (*apgd(Budget(budget.eps, STEPS, TARGETS, budget.classes, budget.norm)), *([square] if budget.norm == "linf" else []))
 
 
-PROTOCOLS: dict[str, Callable[[Budget], tuple[Planned, ...]]] = {"clean": lambda _: (), "pgd": pgd, "apgd": apgd, "strict": strict}
+def four(budget: Budget) -> tuple[Planned, ...]:
+    """APGD-CE, APGD-T, FAB-T and Square as written here, with the settings of AutoAttack's standard version; L-inf."""
+    targets = min(TARGETS, budget.classes - 1)
+    fab = Planned("fab_t", "margin", FABTargeted(eps=budget.eps, norm=budget.norm, steps=STEPS, targets=targets), targets)
+    square = Planned("square", "margin", Square(eps=budget.eps, norm=budget.norm, steps=QUERIES))
+    return (*apgd(Budget(budget.eps, STEPS, TARGETS, budget.classes, budget.norm)), fab, square)
+
+
+def autoattack_standard(budget: Budget) -> tuple[Planned, ...]:
+    """AutoAttack's standard version by the authors' code. With fewer than 10 classes it aims at all wrong ones, and with fewer than 4,
+    where the targeted loss is not defined, APGD on DLR (3 classes) or nothing (2) takes its place."""
+    targets = min(TARGETS, budget.classes - 1)
+    second: list[StockName] = ["apgd-t"] if budget.classes >= 4 else ["apgd-dlr"] if budget.classes == 3 else []
+    return tuple(_stock(name, budget, targets) for name in ("apgd-ce", *second, "fab-t", "square"))
+
+
+def autoattack_rand(budget: Budget) -> tuple[Planned, ...]:
+    """AutoAttack's version for random models by the authors' code: gradients are means over 20 forward passes."""
+    names: list[StockName] = ["apgd-ce", "apgd-dlr"] if budget.classes >= 3 else ["apgd-ce"]
+    return tuple(_stock(name, budget, 1, EOT) for name in names)
+
+
+def _stock(name: StockName, budget: Budget, targets: int, eot: int = 1) -> Planned:
+    steps = QUERIES if name == "square" else STEPS
+    attack = StockAttack(eps=budget.eps, attack=name, norm=budget.norm, steps=steps, targets=targets, eot=eot)
+    return Planned(f"aa_{name.replace('-', '_')}", "ce", attack, targets if name.endswith("-t") else None)
+
+
+PROTOCOLS: dict[str, Callable[[Budget], tuple[Planned, ...]]] = {
+    "clean": lambda _: (), "pgd": pgd, "apgd": apgd, "strict": strict, "four": four, "autoattack_standard": autoattack_standard,
+    "autoattack_rand": autoattack_rand,
+}  # fmt: skip
 
 
 def plan(name: str, *, eps: float | str, steps: int, targets: int, classes: int, norm: Norm = "linf") -> Protocol:
@@ -140,4 +183,5 @@ def plan(name: str, *, eps: float | str, steps: int, targets: int, classes: int,
     for setting, value in (("steps", steps), ("targets", targets)):
         if value < 1:
             raise ConfigError(f"{setting} = {value} is too small: give 1 or more, or use the protocol clean.")
-    return Protocol(name, PROTOCOLS[name](Budget(radius, steps, targets, classes, norm)), norm, radius)
+    few = name == "autoattack_standard" and classes <= TARGETS  # AutoAttack would aim at classes that are not there
+    return Protocol(name, PROTOCOLS[name](Budget(radius, steps, targets, classes, norm)), norm, radius, "like" if few else "exact")

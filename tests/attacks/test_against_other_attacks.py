@@ -6,7 +6,7 @@ Foreign attacks read the global random generator, so they run inside ``fork_rng`
 import pytest
 import torch
 
-from aft.attacks import APGD, PGD, APGDTargeted, FABTargeted, Square
+from aft.attacks import APGD, PGD, APGDTargeted, FABTargeted, Square, StockAttack
 
 EPS = {"linf": 6 / 255, "l2": 0.6}
 
@@ -74,6 +74,31 @@ def test_square_is_as_strong_as_autoattacks(classifier, many, objective_of, reco
             classifier, p_init=0.8, n_queries=300, eps=16 / 255, norm="Linf", n_restarts=1, seed=0, device="cpu", resc_schedule=True
         ).perturb(images, labels)
     compare(classifier, ours, theirs, many, record_property)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_stock_attacks_are_autoattacks(classifier, many, objective_of, norm):
+    """One attack after the other on what is left, ours through the contract, theirs by their own loop: the same verdict on every image."""
+    stock = pytest.importorskip("pyautoattack.autoattack", reason="the package under test")
+    images, labels, keys = (part[:24] for part in many)
+    names = ["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square"]
+    with torch.random.fork_rng():
+        theirs = stock.AutoAttack(classifier, attacks=names, eps=EPS[norm], norm=norm.capitalize(), seed=0, version="custom")
+        theirs.verbose = False
+        theirs.apgd.n_iter = theirs.apgd_targeted.n_iter = theirs.fab.n_iter = 10
+        theirs.apgd.n_restarts, theirs.square.n_queries = 1, 50
+        theirs.apgd_targeted.n_target_classes = theirs.fab.n_target_classes = 3
+        found, _ = theirs.run_standard_evaluation(images, labels, batch_size=24)
+    state = torch.random.get_rng_state()
+    right = classifier(images).argmax(1) == labels
+    for name in names:
+        attack = StockAttack(eps=EPS[norm], attack=name, norm=norm, steps=50 if name == "square" else 10, targets=3)
+        rows = right.nonzero().flatten()
+        ours = attack(objective_of(classifier, labels[rows]), images[rows], keys[rows])
+        assert torch.equal(ours.broken_B, classifier(ours.x_BCHW).argmax(1) != labels[rows])
+        right[rows] &= ~ours.broken_B
+    assert torch.equal(right, classifier(found).argmax(1) == labels) and 3 < int(right.sum()) < 21
+    assert torch.equal(state, torch.random.get_rng_state())
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
