@@ -56,6 +56,8 @@ class Measurement:
         n: images of each label space, the first of a fixed balanced order; null: all.
         largest_first: measure the largest radius first, and take images that it does not break as robust at the smaller ones without
             attacking them again. Cheaper; the smaller radii's accuracy can only come out higher, and their cards say it.
+        checks: right images on which the dear automatic doubts are made (64, say), so that a robust figure can be called reliable; 0 makes
+            the cheap ones alone. Cards that are finished get their verdict too.
         batch_size: images at once, and in a part: a kill loses at most one part.
         seed: of the attacks' noise.
         out: folder for cards, parts, table.csv and accuracy.png.
@@ -76,6 +78,7 @@ class Measurement:
     targets: int = 3
     n: int | None = None
     largest_first: bool = False
+    checks: int = 0
     batch_size: int = 100
     seed: int = 0
     out: Path = Path("runs/eval")
@@ -121,8 +124,11 @@ class Measurement:
         offer = getattr(self.data, "evaluation_set", None)
         if offer is None:
             raise ConfigError(f"{type(self.data).__name__} has no evaluation_set(split): give a datamodule of datamodules, such as Sample.")
-        if not self.label_spaces or self.batch_size < 1:
-            raise ConfigError(f"label_spaces = {self.label_spaces}, batch_size = {self.batch_size}: give at least one of each.")
+        if not self.label_spaces or self.batch_size < 1 or self.checks < 0:
+            raise ConfigError(
+                f"label_spaces = {self.label_spaces}, batch_size = {self.batch_size}, checks = {self.checks}: give at least one label "
+                "space and one image a batch, and checks of 0 or more."
+            )
         whole = offer(self.split)
         return [first(whole, self.n, classes, name) for name, classes in self.label_spaces.items()]
 
@@ -147,9 +153,11 @@ class Measurement:
         name += "" if cell.protocol.eps is None else f" {cell.protocol.eps * 255:.4g}/255"
         begin = time.perf_counter()
         card = evaluate(cell, self.out, label, batch_size=self.batch_size, place=place, keep_images=self.keep_images, command=command,
-                        log=now_and_then(lambda text: print(f"  {text}", flush=True)))  # fmt: skip
+                        checks=self.checks, log=now_and_then(lambda text: print(f"  {text}", flush=True)))  # fmt: skip
         outcome = f"n = {len(cell.data)}, {time.perf_counter() - begin:.1f} s" if card else "waits for other ranks"
         print(f"{name}: {outcome}", flush=True)
+        for check, text in (card["metrics"].get("checks", {}).get("failed", {}) if card else {}).items():
+            print(f"  suspect, {check}: {text}", flush=True)
         return [(label, card)] if card else []
 
     def finish(self, cards: list[Labelled], place: Place) -> list[Labelled]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ from aft.cards import Card, Verdicts
 from aft.errors import ConfigError
 from aft.evaluation import origin
 from aft.evaluation.checks import failed
+from aft.evaluation.doubts import DEAR
 from aft.evaluation.judge import Cell, Cost, Judge, Survivors, scoring
+from aft.evaluation.verdict import with_verdict
 
 __all__ = ["Cell", "Parts", "Place", "card_path", "evaluate", "finished", "survivors_of"]
 
@@ -110,7 +113,7 @@ def finished(path: Path, cell: Cell) -> Card | None:
 
 def evaluate(
     cell: Cell, out: Path, label: str = "model", *, batch_size: int = 100, place: Place | None = None, keep_images: bool = False,
-    command: str | None = None, log: Callable[[str], None] = lambda _: None,
+    command: str | None = None, checks: int = 0, log: Callable[[str], None] = lambda _: None,
 ) -> Card | None:  # fmt: skip
     """Measures a cell, or what is left of it, and writes its card.
 
@@ -122,6 +125,7 @@ def evaluate(
         place: this process among those that share the work.
         keep_images: keep adversarial images with the parts; parts that are done already are not made anew for it.
         command: for the card.
+        checks: images for the dear doubts; 0 makes the cheap ones alone. A finished card is doubted again where more is asked than was.
         log: told after each part.
 
     Returns:
@@ -129,7 +133,7 @@ def evaluate(
     """
     path, parts, place = card_path(out, label, cell), Parts(out / "parts" / f"{_plain(label)}-{cell.id}"), place or Place()
     if card := finished(path, cell):
-        return card
+        return card if checks <= _checked(card) else _doubt_again(cell, path, card, checks)
     todo = parts.missing(range(place.rank, len(cell.data), place.world))
     if todo:
         with scoring(cell.model):
@@ -137,7 +141,7 @@ def evaluate(
             for start in range(0, len(todo), batch_size):
                 _one_part(judge, todo[start : start + batch_size], parts, keep_images)
                 log(f"{min(start + batch_size, len(todo))} of {len(todo)} images")
-    return _close(cell, path, parts, command)
+    return _close(cell, path, parts, command, checks)
 
 
 def _one_part(judge: Judge, rows: list[int], parts: Parts, keep_images: bool) -> None:
@@ -147,7 +151,21 @@ def _one_part(judge: Judge, rows: list[int], parts: Parts, keep_images: bool) ->
     parts.write(verdicts, (cost.forwards, cost.backwards, time.perf_counter() - begin), images_nCHW if keep_images else None)
 
 
-def _close(cell: Cell, path: Path, parts: Parts, command: str | None) -> Card | None:
+def _checked(card: Card) -> int:
+    """On how many images the dear doubts were made; a clean figure knows none."""
+    told = card["metrics"].get("checks")
+    if card["threat"] is None and told:
+        return sys.maxsize
+    return int(told["images"]) if told and set(DEAR) <= set(told["made"]) else 0
+
+
+def _doubt_again(cell: Cell, path: Path, card: Card, checks: int) -> Card:
+    card = with_verdict(card, cell, cards.read_arrays(path.with_suffix(".npz")), checks)
+    cards.write(path, card)
+    return card
+
+
+def _close(cell: Cell, path: Path, parts: Parts, command: str | None, checks: int) -> Card | None:
     """Joins the parts when no row is missing. Another process may do the same at this moment: both write the same card."""
     try:
         done = parts.read()
@@ -158,7 +176,7 @@ def _close(cell: Cell, path: Path, parts: Parts, command: str | None) -> Card | 
         return finished(path, cell)
     costs = np.sum([part.pop("cost") for part in done], axis=0)
     verdicts = cards.join(done)
-    card = summarise(cell, verdicts, costs, command)
+    card = with_verdict(summarise(cell, verdicts, costs, command), cell, verdicts, checks)
     cards.write(path, card, verdicts)
     parts.remove()
     return card
@@ -177,7 +195,7 @@ def summarise(cell: Cell, verdicts: Verdicts, costs: NDArray[Any], command: str 
         "model": origin.model_block(cell.model.record), "data": origin.data_block(cell.data),
         "protocol": {"name": cell.protocol.name, "fidelity": cell.protocol.fidelity}, "threat": cell.threat, "attacks": cell.attacks,
         "defense": None, "seeds": cell.seeds, "precision": "fp32", "clean_accuracy": clean, "robust_accuracy": robust, "per_attack": left,
-        "metrics": {**cell.task.metrics(verdicts, cell.data), "largest_class_shares": shares, **_attacked(names, verdicts, cell.survivors)},
+        "metrics": {**cell.task.metrics(verdicts, cell.data), "largest_class_shares": shares, **_attacked(cell, verdicts)},
         "standard_error": {"clean": cards.standard_error(clean, n), "robust": None if robust is None else cards.standard_error(robust, n)},
         "chance": 1 / len(cell.data.class_names), "largest_class_share": max(share for share in shares.values() if share is not None),
         "verdict": {"status": "suspect" if problems else "unchecked", "failed_checks": problems},
@@ -198,15 +216,17 @@ def survivors_of(card: Card, path: Path) -> Survivors:
     return Survivors(card["cell"], card["threat"]["eps"], frozenset(int(row) for row in verdicts["row"][verdicts["right"][:, -1]]))
 
 
-def _attacked(names: list[str], verdicts: Verdicts, survivors: Survivors | None) -> dict[str, Any]:
+def _attacked(cell: Cell, verdicts: Verdicts) -> dict[str, Any]:
     """For each attack the images it was shown, and those that a fresh forward judged otherwise than the attack itself.
 
     Where survivors of a larger radius were spared, how many, and which radius that was.
     """
-    before = np.concatenate([verdicts["clean"][:, None], verdicts["right"][:, :-1]], axis=1) if names else verdicts["right"]
-    if survivors is not None:
-        spared = np.isin(verdicts["row"], list(survivors.rows))
-        told = _attacked(names, {**verdicts, "clean": verdicts["clean"] & ~spared, "right": verdicts["right"] & ~spared[:, None]}, None)
-        return {**told, "spared": {"eps": survivors.eps, "images": int((spared & verdicts["clean"]).sum()), "cell": survivors.cell}}
-    shown = dict(zip(names, before.sum(0).tolist(), strict=True))
-    return {"attacked": shown, "judged_otherwise": dict(zip(names, (~verdicts["agree"]).sum(0).tolist(), strict=True))}
+    planned = cell.protocol.attacks
+    names, survivors = [one.name for one in planned], cell.survivors
+    spared = np.isin(verdicts["row"], list(survivors.rows) if survivors else [])
+    right = np.concatenate([verdicts["clean"][:, None], verdicts["right"]], axis=1) & ~spared[:, None]
+    shown = {one.name: int((right[:, place] & (verdicts["row"] < one.limit(len(cell.data)))).sum()) for place, one in enumerate(planned)}
+    told = {"attacked": shown, "judged_otherwise": dict(zip(names, (~verdicts["agree"]).sum(0).tolist(), strict=True))}
+    if survivors is None:
+        return told
+    return {**told, "spared": {"eps": survivors.eps, "images": int((spared & verdicts["clean"]).sum()), "cell": survivors.cell}}

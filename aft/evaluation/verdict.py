@@ -1,0 +1,64 @@
+"""A card's verdict: what the automatic doubts say of the model, the images and the attack behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from aft.cards import Card, Verdicts
+from aft.evaluation.case import Case
+from aft.evaluation.doubts import CHEAP, DEAR, Doubt, doubted
+from aft.evaluation.judge import Cell, scoring
+
+#: Images that the cheap doubts look at, and the fewest that any do.
+CHEAP_IMAGES, FEWEST_IMAGES = 16, 4
+#: Doubts that need no radius: all that can be asked of a clean figure.
+WITHOUT_ATTACK = ("E5", "E6", "E7", "E8", "E27", "E28")
+
+
+def with_verdict(card: Card, cell: Cell, verdicts: Verdicts, images: int = 0) -> Card:
+    """The card with its verdict: ``suspect`` with the checks that failed, ``reliable`` where all were made, else ``unchecked``.
+
+    Args:
+        card: of the cell; what its verdict already holds against it stays.
+        cell: what was measured.
+        verdicts: on its images.
+        images: right ones, the first of their order, that the dear doubts look at; 0 makes the cheap ones alone.
+    """
+    asked = doubts_of(cell, images)
+    case = case_of(cell, verdicts, images or CHEAP_IMAGES)
+    if case is None:
+        return {**card, "metrics": {**card["metrics"], "checks": {"images": 0, "made": [], "failed": {}}}}
+    with scoring(cell.model):
+        found = doubted(case, asked)
+    before = [name for name in card["verdict"]["failed_checks"] if name not in asked]
+    failed, whole = [*before, *found], cell.protocol.eps is None or images > 0
+    checks: dict[str, Any] = {"images": len(case.labels_n), "made": list(asked), "failed": found}
+    status = "suspect" if failed else "reliable" if whole else "unchecked"
+    return {**card, "verdict": {"status": status, "failed_checks": failed}, "metrics": {**card["metrics"], "checks": checks}}
+
+
+def doubts_of(cell: Cell, images: int) -> dict[str, Doubt]:
+    """Those that are made for a cell."""
+    if cell.protocol.eps is None:
+        return {name: CHEAP[name] for name in WITHOUT_ATTACK}
+    return CHEAP | DEAR if images else CHEAP
+
+
+def case_of(cell: Cell, verdicts: Verdicts, images: int) -> Case | None:
+    """The first images that are right when clean; none where there are fewer than four."""
+    rows = verdicts["row"][verdicts["clean"]][:images]
+    if len(rows) < FEWEST_IMAGES:
+        return None
+    model, task = cell.model, cell.task
+    device = next(model.parameters()).device
+    batch, context = cell.data.batch([int(row) for row in rows]), task.prepare(model, cell.data)
+    assert batch.labels is not None
+    robust = verdicts["right"][np.isin(verdicts["row"], rows), -1] if verdicts["right"].shape[1] else np.ones(len(rows), dtype=bool)
+    return Case(
+        lambda x_nCHW: task.forward(model, x_nCHW, context), batch.images.to(device), batch.labels.to(device),
+        cell.protocol.eps or 0.0, cell.protocol.norm or "linf", modules=[model], seed=cell.seed,
+        robust_n=torch.from_numpy(robust).to(device),
+    )  # fmt: skip

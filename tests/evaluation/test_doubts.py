@@ -1,0 +1,153 @@
+"""A zoo of broken models, each flagged by the check that is meant for it; and no sound model flagged, over five seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from aft.attacks import PGD
+from aft.evaluation.case import Case
+from aft.evaluation.doubts import CHEAP, DEAR, doubted
+from tests.gratings import gratings, trained
+
+EPS = 6 / 255
+Wrap = Callable[[nn.Module], Callable[[Tensor], Tensor]]
+
+
+class Rounded(torch.autograd.Function):
+    """The identity, whose gradient goes through fp16."""
+
+    @staticmethod
+    def forward(context, value: Tensor) -> Tensor:
+        """As it is."""
+        return value.clone()
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        """Rounded to what fp16 can hold of a mean over a large batch."""
+        return (gradient * 1e-9).half().float() * 1e9
+
+
+def huge_temperature(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Cross-entropy saturates."""
+    return lambda x: 1e4 * network(x)
+
+
+def quantised_input(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Rounding has no gradient."""
+    return lambda x: network((x * 15).round() / 15)
+
+
+def stop_gradient(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Detached."""
+    return lambda x: network(x.detach())
+
+
+def random_resize(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Another size at every call."""
+    def look(x: Tensor) -> Tensor:
+        """Shrunk and blown up again."""
+        side = int(torch.randint(11, 16, ()))
+        return network(functional.interpolate(functional.interpolate(x, size=side, mode="bilinear"), size=16, mode="bilinear"))
+
+    return look
+
+
+def whole_batch_statistics(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The mean of the batch is taken off."""
+    return lambda x: network(x - x.mean(0) + 0.5)
+
+
+def dropout_left_on(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """In evaluation too."""
+    return lambda x: network(functional.dropout(x, 0.1, training=True))
+
+
+def labels_leak(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The logits are drawn far beyond those of the nearest image of the test set, whose labels it knows."""
+    known, labels = gratings(120, seed=3)
+    memory = functional.one_hot(labels, 6).float()
+    return lambda x: network(x) + 1e3 * memory[torch.cdist(x.flatten(1), known.flatten(1)).argmin(1)]
+
+
+def gradient_through_fp16(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Small gradients become zero."""
+    return lambda x: network(Rounded.apply(x))
+
+
+def probabilities(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """After the softmax."""
+    return lambda x: network(x).softmax(1)
+
+
+def optimises(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Moves the image uphill in its own confidence before it answers."""
+    def look(x: Tensor) -> Tensor:
+        """Three steps."""
+        moved = x
+        with torch.enable_grad():
+            for _ in range(3):
+                leaf = moved.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(network(leaf).logsumexp(1).sum(), leaf)
+                moved = moved + 0.01 * slope.sign()
+        return network(moved)
+
+    return look
+
+
+ZOO: dict[str, tuple[Wrap, str]] = {
+    "huge temperature": (huge_temperature, "E11"), "quantised input": (quantised_input, "E10"), "stop-gradient": (stop_gradient, "E9"),
+    "random resize": (random_resize, "E6"), "whole-batch statistics": (whole_batch_statistics, "E8"),
+    "dropout left on": (dropout_left_on, "E6"), "labels leak": (labels_leak, "E21"),
+    "gradient through fp16": (gradient_through_fp16, "E10"), "probabilities": (probabilities, "E5"), "optimises": (optimises, "E25"),
+}  # fmt: skip
+
+
+def case_of(logits: Callable[[Tensor], Tensor], network: nn.Module) -> Case:
+    """Those of 120 test images that the model gets right."""
+    images, labels = gratings(120, seed=3)
+    with torch.no_grad():
+        right = logits(images).argmax(1) == labels
+    return Case(logits, images[right], labels[right], EPS, modules=[network])
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    """Trained on adversarial images."""
+    return trained(attack=PGD(eps=EPS / 2, relative_step_size=0.5, steps=3))
+
+
+@pytest.fixture(autouse=True)
+def calm() -> Iterator[None]:
+    """The zoo's own random numbers start alike, and move nobody else's."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_broken_model_is_flagged(name: str, network: nn.Module) -> None:
+    """By the check that is meant for it."""
+    wrap, check = ZOO[name]
+    assert check in doubted(case_of(wrap(network), network), {check: (CHEAP | DEAR)[check]})
+
+
+@pytest.mark.parametrize(("seed", "adversarial"), [*((seed, True) for seed in range(5)), (0, False), (1, False)])
+def test_no_sound_model_is_flagged(seed: int, adversarial: bool) -> None:
+    """Trained on clean or on adversarial images."""
+    network = trained(seed, PGD(eps=EPS / 2, relative_step_size=0.5, steps=3) if adversarial else None)
+    found = doubted(case_of(network, network), CHEAP | DEAR)
+    assert found == {}, found
+
+
+def test_a_part_in_training_mode_is_flagged(network: nn.Module) -> None:
+    """E7: dropout, and BatchNorm's statistics."""
+    network.train()
+    try:
+        assert "E7" in doubted(case_of(network, network), CHEAP)
+    finally:
+        network.eval()

@@ -1,0 +1,69 @@
+"""A card is unchecked, reliable or suspect; finished cards get their verdict without a new attack."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from aft import cards
+from aft.evaluation import Cell, evaluate, plan
+from aft.evaluation import verdict as verdicts
+from aft.evaluation.runner import card_path
+from aft.evaluation.verdict import CHEAP_IMAGES, WITHOUT_ATTACK
+
+
+def cell_of(model, data, name: str = "apgd") -> Cell:
+    """Of a small radius, with few steps."""
+    return Cell(model, data, plan(name, eps=0.02, steps=8, targets=3, classes=5))
+
+
+@pytest.fixture
+def dear(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One dear doubt in the place of all: finds nothing, and notes how many images it was shown."""
+    shown: list[int] = []
+    monkeypatch.setattr(verdicts, "DEAR", {"E11": lambda case: shown.append(len(case.labels_n))})
+    monkeypatch.setattr("aft.evaluation.runner.DEAR", {"E11": None})
+    return shown
+
+
+def test_without_dear_checks_a_sound_figure_is_unchecked(model, data, tmp_path: Path) -> None:
+    card = evaluate(cell_of(model, data), tmp_path)
+    assert card is not None and card["verdict"] == {"status": "unchecked", "failed_checks": []}
+    assert card["metrics"]["checks"]["images"] == CHEAP_IMAGES and "E11" not in card["metrics"]["checks"]["made"]
+
+
+def test_a_clean_figure_needs_the_cheap_ones_alone(model, data, tmp_path: Path) -> None:
+    card = evaluate(cell_of(model, data, "clean"), tmp_path)
+    assert card is not None and card["verdict"]["status"] == "reliable" and card["metrics"]["checks"]["made"] == list(WITHOUT_ATTACK)
+
+
+def test_a_finished_card_is_doubted_without_a_new_attack(model, data, tmp_path: Path, dear: list[int], monkeypatch) -> None:
+    """Once; asked for the same again, nothing is done."""
+    cell = cell_of(model, data)
+    before = evaluate(cell, tmp_path)
+    monkeypatch.setattr("aft.evaluation.runner.Judge", None)
+    for _ in range(2):
+        card = evaluate(cell, tmp_path, checks=12)
+    assert dear == [12] and card["verdict"]["status"] == "reliable"
+    assert cards.read(card_path(tmp_path, "model", cell)) == card
+    assert {**card, "verdict": None, "metrics": None} == {**before, "verdict": None, "metrics": None}
+
+
+def test_what_fails_is_on_the_card_with_its_reason(model, data, tmp_path: Path, dear: list[int], monkeypatch) -> None:
+    """Here a model that shifts its images by the mean of the batch."""
+    plain = model.encode
+    monkeypatch.setattr(model, "encode", lambda images, **settings: plain(images - 0.5 * images.mean(0) + 0.2, **settings))
+    card = evaluate(cell_of(model, data), tmp_path, checks=8)
+    assert card["verdict"]["status"] == "suspect" and "E8" in card["verdict"]["failed_checks"]
+    assert "neighbours" in card["metrics"]["checks"]["failed"]["E8"]
+
+
+def test_too_few_right_images_stay_unchecked(model, data, tmp_path: Path) -> None:
+    """Nothing can be said of a model that is always wrong."""
+    with torch.no_grad():
+        said = model(data.images, model.text_bank(data.class_names, data.templates)).argmax(1)
+    card = evaluate(cell_of(model, dataclasses.replace(data, labels_N=(said + 1) % 5)), tmp_path, checks=8)
+    assert card["clean_accuracy"] < 0.1 and card["verdict"]["status"] == "unchecked"
