@@ -16,7 +16,7 @@ import sys
 import time
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +31,10 @@ from aft.cards import write_whole
 from aft.clip import ModelSpec, ZeroShotModel, load_model
 from aft.clip.merge import interpolate
 from aft.errors import AftError, ConfigError, RunError, unknown_name
-from aft.evaluation import Cell, Place, Protocol, evaluate, first, plan, report
+from aft.evaluation import Cell, Classification, Place, Protocol, evaluate, first, plan, report
 from aft.evaluation.judge import Survivors
 from aft.evaluation.picture import draw, draw_curve
+from aft.evaluation.published import PUBLISHED
 from aft.evaluation.report import Labelled
 from aft.evaluation.runner import card_path, survivors_of
 
@@ -48,7 +49,8 @@ class Measurement:
         data: datamodule with ``evaluation_set(split)``, as in ``configs/data/*.yaml``.
         split: of the data set.
         label_spaces: name -> class names to keep and to classify among; null: all classes.
-        protocols: any of clean, pgd, apgd, strict, four, autoattack_standard, autoattack_rand; each is a column.
+        protocols: any of clean, pgd, apgd, strict, four, autoattack_standard, autoattack_rand, or of the literature, which bring their
+            own radius, steps, templates and pixels (tecoa, pmg_aft, tga_zsr, robustvlm, ttc, agft); each is a column.
         eps: radii in units of the pixel range, such as 2/255.
         norm: of the radii.
         steps: of each attack (strict, four and autoattack have their own).
@@ -100,7 +102,8 @@ class Measurement:
             larger: dict[tuple[str, str], Survivors] = {}
             for subset, protocol in work:
                 before = larger.get((subset.label_space, protocol.name))
-                cell = Cell(model.to(device), subset, protocol, self.seed, survivors=before)
+                shown = replace(subset, templates=protocol.templates) if protocol.templates else subset
+                cell = Cell(model.to(device), shown, protocol, self.seed, Classification(protocol.scale), before)
                 cards += (made := self.measure(label, cell, place, command))
                 if self.largest_first and made and protocol.attacks:
                     larger[subset.label_space, protocol.name] = survivors_of(made[0][1], card_path(self.out, label, cell))
@@ -137,7 +140,7 @@ class Measurement:
         if not self.protocols:
             raise ConfigError("protocols is empty: give one or more, such as clean or apgd.")
         for name in self.protocols:
-            radii: list[float | str] = [0] if name == "clean" else self.eps
+            radii: list[float | str] = [0] if name == "clean" or name in PUBLISHED else self.eps
             if not radii:
                 raise ConfigError(f"protocol {name} needs eps: give one radius or more, such as 2/255.")
             for eps in radii:

@@ -154,11 +154,16 @@ class ZeroShotModel(nn.Module):
         """The factor on cosines (``exp`` of the parameter), fp32, with gradient where it is trained."""
         return self.clip.get_parameter("logit_scale").exp()
 
-    def pixels(self, images_BCHW: Tensor) -> Tensor:
-        """Resize (bicubic, antialiased, only where the size differs) and normalise: ``[B, 3, R, R]``."""
+    def resize(self, images_BCHW: Tensor) -> Tensor:
+        """To the size that the tower sees, bicubic and antialiased, only where the size differs; it may overshoot [0, 1] a little."""
         side = self.record.resolution
-        if images_BCHW.shape[-2:] != (side, side):
-            images_BCHW = F.interpolate(images_BCHW, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+        if images_BCHW.shape[-2:] == (side, side):
+            return images_BCHW
+        return F.interpolate(images_BCHW, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+
+    def pixels(self, images_BCHW: Tensor) -> Tensor:
+        """Resize and normalise: ``[B, 3, R, R]``."""
+        images_BCHW = self.resize(images_BCHW)
         mean, std = self.get_buffer("mean"), self.get_buffer("std")
         return (images_BCHW - mean.to(images_BCHW.dtype)) / std.to(images_BCHW.dtype)
 

@@ -78,14 +78,19 @@ class Cell:
     @property
     def resolution(self) -> int:
         """Height of the images as they are attacked, pixels."""
-        return int(self.data.batch([0]).images.shape[-2])
+        native = int(self.data.batch([0]).images.shape[-2])
+        return self.model.record.resolution if self.protocol.space == "model" else native
+
+    def in_space(self, images_nCHW: Tensor) -> Tensor:
+        """Images in the pixels that the protocol attacks."""
+        return self.model.resize(images_nCHW).clamp(0, 1) if self.protocol.space == "model" else images_nCHW
 
     @property
     def threat(self) -> dict[str, Any] | None:
-        """A card's ``threat``: ``native`` pixels, that is before any resize; none without attacks."""
+        """A card's ``threat``: ``native`` pixels are those before any resize, ``model`` those after it; none without attacks."""
         if not self.protocol.attacks:
             return None
-        return {"norm": self.protocol.norm, "eps": self.protocol.eps, "space": "native", "resolution": self.resolution}
+        return {"norm": self.protocol.norm, "eps": self.protocol.eps, "space": self.protocol.space, "resolution": self.resolution}
 
     @property
     def seeds(self) -> dict[str, int | None]:
@@ -106,6 +111,7 @@ class Cell:
             "protocol": {"name": self.protocol.name, "fidelity": self.protocol.fidelity}, "threat": self.threat, "attacks": self.attacks,
             "settings": [planned.attack.describe() for planned in self.protocol.attacks], "defense": None, "seeds": self.seeds,
             "precision": "fp32", **({"survivors": self.survivors.cell} if self.survivors else {}),
+            **({"scale": self.protocol.scale} if self.protocol.scale else {}),
         })  # fmt: skip
 
 
@@ -169,7 +175,7 @@ class Judge:
         """
         batch = self.cell.data.batch(rows)
         assert batch.labels is not None
-        shown_nCHW, truth_n = batch.images.to(self.device), batch.labels.to(self.device)
+        shown_nCHW, truth_n = self.cell.in_space(batch.images.to(self.device)), batch.labels.to(self.device)
         keys_n = sample_keys(self.cell.seed, 0, batch.index).to(self.device)
         answer_n, right_n = self.look(shown_nCHW, truth_n)
         spared = self.cell.survivors.rows if self.cell.survivors else frozenset()

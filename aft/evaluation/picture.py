@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aft import cards
 from aft.cards import Card
 from aft.errors import RunError
+from aft.evaluation.published import printed
 from aft.evaluation.report import Labelled, data_text
 
 if TYPE_CHECKING:
@@ -76,10 +77,10 @@ def _panels(labelled: Sequence[Labelled]) -> dict[str, list[Labelled]]:
 
 def _draw_panel(axes: Axes, title: str, labelled: Sequence[Labelled]) -> None:
     models = list(dict.fromkeys((label, card["model"]["sha256"]) for label, card in labelled))
-    protocols = list(dict.fromkeys(card["protocol"]["name"] for _, card in labelled))
+    protocols = list(dict.fromkeys(printed(card["protocol"]) for _, card in labelled))
     lines: dict[tuple[int, int, int], list[Card]] = {}
     for label, card in labelled:
-        place = (models.index((label, card["model"]["sha256"])), protocols.index(card["protocol"]["name"]), card["data"]["n"])
+        place = (models.index((label, card["model"]["sha256"])), protocols.index(printed(card["protocol"])), card["data"]["n"])
         lines.setdefault(place, []).append(card)
     for (model, protocol, n), of_line in sorted(lines.items()):
         name = f"{models[model][0]}, {protocols[protocol]}, n = {n:,} ({_verdict(of_line)})"
@@ -100,7 +101,7 @@ def _draw_panel(axes: Axes, title: str, labelled: Sequence[Labelled]) -> None:
 def _draw_curve_panel(axes: Axes, title: str, labelled: Sequence[Labelled]) -> None:
     lines: dict[tuple[str, float], list[Labelled]] = {}
     for label, card in labelled:
-        lines.setdefault((card["protocol"]["name"], card["threat"]["eps"]), []).append((label, card))
+        lines.setdefault((printed(card["protocol"]), card["threat"]["eps"]), []).append((label, card))
     for place, ((protocol, eps), of_line) in enumerate(lines.items()):
         cards_of_line = [card for _, card in of_line]
         x, y = ([100 * card[f"{kind}_accuracy"] for card in cards_of_line] for kind in ("clean", "robust"))

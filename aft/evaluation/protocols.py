@@ -16,6 +16,7 @@ from aft.attacks.base import Attack
 from aft.attacks.objectives import CLASSES_NEEDED, LossName
 from aft.attacks.threat_model import Norm, pixel_fraction
 from aft.errors import ConfigError, unknown_name
+from aft.evaluation.published import PUBLISHED, Published, Space
 
 #: Step size of the evaluation's PGD as a share of eps, times the number of steps: the walk can cross the ball (arXiv 1706.06083).
 PGD_REACH = 2.5
@@ -85,6 +86,9 @@ class Protocol:
         attacks: in the order they run.
         norm, eps: the threat model; none without attacks.
         fidelity: ``exact``: it is what its name says everywhere; ``like``: it follows another's protocol but for some detail.
+        space: where the ball lies: in ``native`` pixels, or in those of the ``model``'s input, after the resize.
+        templates: of the class texts; none: the data set's.
+        scale: factor on cosines in loss and verdict; none: the model's.
     """
 
     name: str
@@ -92,6 +96,9 @@ class Protocol:
     norm: Norm | None = None
     eps: float | None = None
     fidelity: Literal["exact", "like"] = "exact"
+    space: Space = "native"
+    templates: tuple[str, ...] | None = None
+    scale: float | None = None
 
 
 def pgd(budget: Budget) -> tuple[Planned, ...]:
@@ -157,11 +164,17 @@ PROTOCOLS: dict[str, Callable[[Budget], tuple[Planned, ...]]] = {
 }  # fmt: skip
 
 
+def of_the_literature(told: Published, classes: int) -> Protocol:
+    """A published protocol, at its own radius and with its own steps."""
+    attacks = tuple(Planned(*one) for one in told.attacks(classes))
+    return Protocol(told.name, attacks, "linf", told.eps, told.fidelity, told.space, told.templates, told.scale)
+
+
 def plan(name: str, *, eps: float | str, steps: int, targets: int, classes: int, norm: Norm = "linf") -> Protocol:
     """The attacks that a protocol means for this radius and this number of classes.
 
     Args:
-        name: one of ``PROTOCOLS``.
+        name: one of ``PROTOCOLS``, or of ``PUBLISHED``, which bring their own radius and steps.
         eps: radius in units of the pixel range, a number or a text such as ``"2/255"``; not read by ``clean``.
         steps: of each attack.
         targets: of a targeted attack, clipped to ``classes - 1``.
@@ -171,12 +184,14 @@ def plan(name: str, *, eps: float | str, steps: int, targets: int, classes: int,
     Raises:
         ConfigError: unknown name, a radius of 0 or outside the pixel range, no steps, no targets, or fewer than 2 classes.
     """
-    if name not in PROTOCOLS:
-        raise ConfigError(unknown_name("protocol", name, PROTOCOLS))
+    if name not in PROTOCOLS and name not in PUBLISHED:
+        raise ConfigError(unknown_name("protocol", name, [*PROTOCOLS, *PUBLISHED]))
     if classes < 2:
         raise ConfigError(f"a label space of {classes} class cannot be got wrong: give two classes or more.")
     if name == "clean":
         return Protocol("clean")
+    if name in PUBLISHED:
+        return of_the_literature(PUBLISHED[name], classes)
     radius = pixel_fraction(eps)
     if radius == 0:
         raise ConfigError("eps = 0 leaves an attack nothing to change: use the protocol clean.")

@@ -15,6 +15,7 @@ from rich.table import Table
 from aft import cards
 from aft.cards import Card
 from aft.errors import DataError
+from aft.evaluation.published import printed
 
 #: A card and the label of its model, which is the name of the card's folder.
 Labelled = tuple[str, Card]
@@ -87,7 +88,7 @@ def table(labelled: Sequence[Labelled]) -> Table:
 
     There is a column of n where rows differ in it; else it stands beneath.
     """
-    protocols = list(dict.fromkeys(card["protocol"]["name"] for _, card in labelled if card["threat"] is not None))
+    protocols = list(dict.fromkeys(printed(card["protocol"]) for _, card in labelled if card["threat"] is not None))
     sheet = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     for name in ("model", "data"):
         sheet.add_column(name, overflow="fold")
@@ -105,7 +106,7 @@ def _n_column(labelled: Sequence[Labelled]) -> list[str]:
 
 def _table_cells(row: list[Labelled], protocols: Sequence[str], with_n: bool) -> list[str]:
     label, card = row[0]
-    robust = {one["protocol"]["name"]: percent(one["robust_accuracy"], one["standard_error"]["robust"]) for _, one in row}
+    robust = {printed(one["protocol"]): percent(one["robust_accuracy"], one["standard_error"]["robust"]) for _, one in row}
     clean = percent(card["clean_accuracy"], card["standard_error"]["clean"])
     share = f"{100 * max(one['largest_class_share'] for _, one in row):.0f}"
     failed = sorted({check for _, one in row for check in one["verdict"]["failed_checks"]})
@@ -123,7 +124,7 @@ def footnotes(labelled: Sequence[Labelled]) -> list[str]:
     attacks: dict[str, list[str]] = {}
     for _, card in labelled:
         if card["attacks"]:
-            line = f"{card['protocol']['name']}: {' + '.join(map(_attack_text, card['attacks']))}"
+            line = f"{printed(card['protocol'])}: {' + '.join(map(_attack_text, card['attacks']))}"
             attacks.setdefault(line, []).append(card["data"]["label_space"])
     for line, spaces in attacks.items():
         notes.append(f"{line} ({', '.join(dict.fromkeys(spaces))}).")

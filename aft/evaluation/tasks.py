@@ -55,7 +55,13 @@ class ClassText:
 
 @dataclass(frozen=True)
 class Classification:
-    """Zero-shot classification: right when the class with the largest logit is the label."""
+    """Zero-shot classification: right when the class with the largest logit is the label.
+
+    Args:
+        scale: factor on cosines; none: the model's own.
+    """
+
+    scale: float | None = None
 
     name: ClassVar[str] = "classification"
     losses: ClassVar[Mapping[str, Callable[..., Tensor]]] = {"ce": ce, "margin": margin, "dlr": dlr, "dlr_targeted": dlr_targeted}
@@ -66,8 +72,7 @@ class Classification:
 
     def forward(self, model: ZeroShotModel, images_nCHW: Tensor, context: ClassText, draws: int = 1) -> Tensor:
         """Logits over the label space, ``[n, K]``; a plain model has no draws to average."""
-        logits_nK: Tensor = model(images_nCHW, context.text_KD)
-        return logits_nK
+        return model.logits(model.encode(images_nCHW), context.text_KD, self.scale)
 
     def objective(self, model: ZeroShotModel, context: ClassText, truth_n: Tensor, loss: LossName) -> Objective:
         """A classification loss over the model; targeted attacks aim it themselves, so for them it starts as cross-entropy."""

@@ -58,7 +58,7 @@ def case_of(cell: Cell, verdicts: Verdicts, images: int) -> Case | None:
     assert batch.labels is not None
     robust = verdicts["right"][np.isin(verdicts["row"], rows), -1] if verdicts["right"].shape[1] else np.ones(len(rows), dtype=bool)
     return Case(
-        lambda x_nCHW: task.forward(model, x_nCHW, context), batch.images.to(device), batch.labels.to(device),
+        lambda x_nCHW: task.forward(model, x_nCHW, context), cell.in_space(batch.images.to(device)), batch.labels.to(device),
         cell.protocol.eps or 0.0, cell.protocol.norm or "linf", modules=[model], seed=cell.seed,
         robust_n=torch.from_numpy(robust).to(device),
     )  # fmt: skip
