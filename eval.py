@@ -25,10 +25,11 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule
 
-from aft.attacks.threat_model import Norm
+from aft.attacks.threat_model import Norm, pixel_fraction
 from aft.batch import EvaluationSet
 from aft.cards import write_whole
 from aft.clip import ModelSpec, ZeroShotModel, load_model
+from aft.clip.files import HUB, fetched_from_hub
 from aft.clip.merge import interpolate
 from aft.errors import AftError, ConfigError, RunError, unknown_name
 from aft.evaluation import Cell, Classification, Place, Protocol, evaluate, first, plan, report
@@ -139,8 +140,11 @@ class Measurement:
         """Every protocol at every radius; the clean one once."""
         if not self.protocols:
             raise ConfigError("protocols is empty: give one or more, such as clean or apgd.")
-        for name in self.protocols:
-            radii: list[float | str] = [0] if name == "clean" or name in PUBLISHED else self.eps
+        asked = dict.fromkeys(pixel_fraction(eps) for eps in self.eps)
+        if len(asked) < len(self.eps):
+            print(f"eps = {self.eps} names a radius more than once: it is measured once.")
+        for name in dict.fromkeys(self.protocols):
+            radii = [0.0] if name == "clean" or name in PUBLISHED else list(asked)
             if not radii:
                 raise ConfigError(f"protocol {name} needs eps: give one radius or more, such as 2/255.")
             for eps in radii:
@@ -178,16 +182,27 @@ class Evaluate(Measurement):
 
     Args:
         models: name in tables -> which CLIP; none: the embedded MiniCLIP-32.
+        model: one model in place of ``models``: NAME/TAG of open_clip (ViT-B-32/openai), NAME alone where it is embedded,
+            hf-hub:OWNER/MODEL, or the path of a checkpoint or of a folder of the hub.
         weights: a checkpoint of ours to measure in place of ``models``; its name in tables is its model and method.
 
     For the other arguments see :class:`Measurement`.
     """
 
     models: dict[str, ModelSpec] | None = None
+    model: str | None = None
     weights: str | None = None
 
     def loaded(self) -> list[tuple[str, ZeroShotModel]]:
-        """Those of ``weights``, or of ``models``."""
+        """That of ``weights`` or of ``model``, or those of ``models``.
+
+        Raises:
+            ConfigError: both of the first two.
+        """
+        if self.model is not None and self.weights is not None:
+            raise ConfigError(f"model = {self.model} and weights = {self.weights} each say what to measure: give one of them.")
+        if self.model is not None:
+            return [(self.model.strip("/").rpartition("/")[2] if Path(self.model).exists() else self.model, load_model(named(self.model)))]
         if self.weights is not None:
             model = load_model(ModelSpec(pretrained=self.weights))
             return [(f"{model.record.name}-{model.record.method}", model)]
@@ -266,6 +281,16 @@ def picture(cards: list[Labelled], path: Path, drawer: Callable[[list[Labelled],
     except RunError as error:
         print(error)
         return None
+
+
+def named(model: str) -> ModelSpec:
+    """What ``--model`` means: a path, a name of the hub, NAME/TAG, or NAME."""
+    if model.startswith(HUB):
+        return ModelSpec(pretrained=str(fetched_from_hub(model)))
+    if Path(model).exists():
+        return ModelSpec(pretrained=model)
+    name, _, tag = model.rpartition("/")
+    return ModelSpec(name, tag) if name else ModelSpec(tag)
 
 
 def torch_device(name: str) -> torch.device:

@@ -10,17 +10,36 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from aft.errors import WeightsError
 
+HUB = "hf-hub:"
 SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".bin"})
 IN_A_FOLDER = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pt",
                "model.safetensors", "pytorch_model.bin")  # fmt: skip
+
+
+def fetched_from_hub(name: str) -> Path:
+    """The folder of a model of the Hugging Face Hub, downloaded unless it is there: configuration, and weights in safetensors.
+
+    Args:
+        name: ``hf-hub:OWNER/MODEL``.
+
+    Raises:
+        WeightsError: it cannot be fetched, or has no safetensors.
+    """
+    try:
+        return Path(huggingface_hub.snapshot_download(name.removeprefix(HUB), allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:  # no network, no such model, no leave
+        remedy = "check name and network, or download the model and give its folder"
+        raise WeightsError(f"{name} could not be fetched ({error}): {remedy}.") from error
 
 
 def weights_in(folder: Path) -> Path:

@@ -32,12 +32,17 @@ def load(folders: Iterable[Path]) -> list[Labelled]:
     """All cards below some folders, each labelled by the folder it lies in, and by its weights where one folder has several.
 
     Raises:
-        DataError: there are none, or one cannot be read.
+        DataError: there are none, one cannot be read, or two say different things of one cell.
     """
     found = [path for folder in folders for path in sorted(folder.rglob("*.json"))]
     if not found:
         raise DataError(f"no cards below {', '.join(map(str, folders))}: give folders that eval.py evaluate wrote cards to.")
     labelled = [(path.parent.name, cards.read(path)) for path in found]
+    first: dict[str, tuple[Path, Card]] = {}
+    for path, (_, card) in zip(found, labelled, strict=True):
+        other, before = first.setdefault(card["cell"], (path, card))
+        if any(before[key] != card[key] for key in ("clean_accuracy", "robust_accuracy")):
+            raise DataError(f"{other} and {path} measured the same and differ: keep the one that you trust, or measure again.")
     weights: dict[str, set[str]] = {}
     for label, card in labelled:
         weights.setdefault(label, set()).add(card["model"]["sha256"])

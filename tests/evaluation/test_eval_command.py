@@ -9,7 +9,7 @@ import torch
 import yaml
 
 import eval as command
-from aft.clip import load_model
+from aft.clip import ModelSpec, files, load_model
 from aft.clip.pack import pack_tower
 from aft.errors import AftError
 from aft.evaluation import runner
@@ -92,7 +92,37 @@ def test_ranks_share_the_work(tmp_path, monkeypatch):
     assert made[0] == [] and len(made[1]) == 1 and made[1][0][1]["data"]["n"] == 20
 
 
+@pytest.mark.parametrize(("given", "expected"), [
+    ("ViT-B-32/openai", ModelSpec("ViT-B-32", "openai")), ("miniclip32", ModelSpec("miniclip32")),
+    ("hf-hub:owner/model", ModelSpec(pretrained="/cache/owner/model")), ("configs", ModelSpec(pretrained="configs")),
+])  # fmt: skip
+def test_one_model_by_its_name(given, expected, monkeypatch):
+    """NAME/TAG, NAME, a model of the hub (fetched without pickles), or a path."""
+    def fetch(name, allow_patterns):
+        """In the place of a download."""
+        assert allow_patterns == ["*.json", "*.safetensors"]
+        return f"/cache/{name}"
+
+    monkeypatch.setattr(files.huggingface_hub, "snapshot_download", fetch)
+    assert command.named(given) == expected
+
+
+def test_a_model_of_the_hub_that_cannot_be_fetched_is_named(monkeypatch):
+    """With what to do."""
+    monkeypatch.setattr(files.huggingface_hub, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(AftError, match="hf-hub:a/b could not be fetched .no network.: check name and network"):
+        command.named("hf-hub:a/b")
+
+
+def test_a_radius_given_twice_is_measured_once(tmp_path, capsys):
+    """In the order given, and it is said."""
+    cards = run(tmp_path, "--protocols", "[pgd, pgd]", "--eps", "[2/255, 1/255, 2/255]")
+    assert [round(255 * card["threat"]["eps"]) for _, card in cards] == [2, 1]
+    assert "names a radius more than once" in capsys.readouterr().out
+
+
 MISTAKES = {
+    "--model miniclip32 --weights x.ckpt": "give one of them",
     "--protocols [apdg]": "did you mean 'apgd'",
     "--label_spaces {s: [cat,dgo]}": "did you mean 'dog'",
     "--n 5000": "has 1000 images",

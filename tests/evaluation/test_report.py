@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shutil
 
 import pytest
@@ -123,3 +124,18 @@ def test_the_picture_has_a_panel_a_label_space_and_a_line_a_protocol(labelled, t
     texts = [text.get_text() for text in axes[0].get_legend().get_texts()]
     assert texts == [f"{label}, {name}, n = 40 (unchecked)" for label in ("before", "after") for name in ("pgd", "apgd")]
     assert "chance 20.0 %" in [t.get_text() for t in axes[0].texts]
+
+
+def test_cards_that_disagree_about_a_cell_are_refused(labelled, folder, tmp_path):
+    """Both are named; equal copies are no matter."""
+    first_card = next((folder / "cards").rglob("*.json"))
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        shutil.copy(first_card, tmp_path / place / "card.json")
+    assert len(report.load([tmp_path])) == 2
+    text = (tmp_path / "b" / "card.json").read_text()
+    changed = json.loads(text)
+    changed["clean_accuracy"] = 0.123
+    (tmp_path / "b" / "card.json").write_text(json.dumps(changed))
+    with pytest.raises(DataError, match="a/card.json and .*b/card.json measured the same and differ"):
+        report.load([tmp_path])
