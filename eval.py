@@ -60,7 +60,7 @@ class Measurement:
         largest_first: measure the largest radius first, and take images that it does not break as robust at the smaller ones without
             attacking them again. Cheaper; the smaller radii's accuracy can only come out higher, and their cards say it.
         checks: right images on which the dear automatic doubts are made (64, say), so that a robust figure can be called reliable; 0 makes
-            the cheap ones alone. Cards that are finished get their verdict too.
+            the cheap ones alone. Cards that are finished get their verdict too. Images are also carried over from the other models given.
         batch_size: images at once, and in a part: a kill loses at most one part.
         seed: of the attacks' noise.
         out: folder for cards, parts, table.csv and accuracy.png.
@@ -99,13 +99,15 @@ class Measurement:
         if self.largest_first:
             work.sort(key=lambda one: -(one[1].eps or 0))
         cards: list[Labelled] = []
-        for label, model in self.loaded():
+        models = self.loaded()
+        for label, model in models:
+            others = [other for _, other in models if other is not model]
             larger: dict[tuple[str, str], Survivors] = {}
             for subset, protocol in work:
                 before = larger.get((subset.label_space, protocol.name))
                 shown = replace(subset, templates=protocol.templates) if protocol.templates else subset
                 cell = Cell(model.to(device), shown, protocol, self.seed, Classification(protocol.scale), before)
-                cards += (made := self.measure(label, cell, place, command))
+                cards += (made := self.measure(label, cell, place, command, others))
                 if self.largest_first and made and protocol.attacks:
                     larger[subset.label_space, protocol.name] = survivors_of(made[0][1], card_path(self.out, label, cell))
             model.cpu()
@@ -154,13 +156,13 @@ class Measurement:
         """All models, each with its name in tables; before anything is measured, so that a missing file is known at once."""
         raise NotImplementedError
 
-    def measure(self, label: str, cell: Cell, place: Place, command: str) -> list[Labelled]:
+    def measure(self, label: str, cell: Cell, place: Place, command: str, others: list[ZeroShotModel]) -> list[Labelled]:
         """One cell: its card, or nothing while other processes still work on it."""
         name = f"{label}, {cell.data.name} {cell.data.label_space}, {cell.protocol.name}"
         name += "" if cell.protocol.eps is None else f" {cell.protocol.eps * 255:.4g}/255"
         begin = time.perf_counter()
         card = evaluate(cell, self.out, label, batch_size=self.batch_size, place=place, keep_images=self.keep_images, command=command,
-                        checks=self.checks, log=now_and_then(lambda text: print(f"  {text}", flush=True)))  # fmt: skip
+                        checks=self.checks, siblings=others, log=now_and_then(lambda text: print(f"  {text}", flush=True)))  # fmt: skip
         outcome = f"n = {len(cell.data)}, {time.perf_counter() - begin:.1f} s" if card else "waits for other ranks"
         print(f"{name}: {outcome}", flush=True)
         for check, text in (card["metrics"].get("checks", {}).get("failed", {}) if card else {}).items():

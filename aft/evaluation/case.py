@@ -33,6 +33,7 @@ class Case:
         modules: the networks behind ``logits``.
         steps: of the checks' own attacks.
         seed: of their noise.
+        siblings: logits of other models over the same classes, from which images may be carried over.
         robust_n: who withstood the attacks of the figure that is doubted, bool ``[n]``; none: not known.
     """
 
@@ -44,6 +45,7 @@ class Case:
     modules: Sequence[nn.Module] = field(default_factory=tuple)
     steps: int = 20
     seed: int = 0
+    siblings: Sequence[Callable[[Tensor], Tensor]] = ()
     robust_n: Tensor | None = None
 
     @cached_property

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aft.attacks import FGSM, PGD, Square
+from aft.attacks import APGD, FGSM, PGD, Square
 from aft.evaluation.case import TRACED, Case
 
 #: A doubt: what is wrong, in words, or nothing.
@@ -157,6 +157,12 @@ def black_box(case: Case) -> str | None:
     return _more_found(case, square_n, "Square, without gradients,", 0.002)
 
 
+def transfer(case: Case) -> str | None:
+    """E19: images made against another model break no more than one point more than those made against this one."""
+    found = [_more_found(case, case.run(case.pgd(), logits=other), "PGD against another model", 0.01) for other in case.siblings]
+    return next((text for text in found if text), None)
+
+
 def monotony(case: Case) -> str | None:
     """E20: a larger radius never leaves more images right."""
     if case.traced is None:
@@ -236,6 +242,19 @@ def wrong_slope(case: Case) -> str | None:
     return f"on {100 * off:.0f} % of the images the gradient is not the slope of the loss" if off > 0.5 else None
 
 
+def adaptive_steps(case: Case) -> str | None:
+    """E23: APGD is not weaker than PGD of as many steps by more than one point, nor PGD weaker than it by more than three."""
+    if case.traced is None:
+        return None
+    pgd, apgd = (_share(case.run(attack)) for attack in (case.pgd(), APGD(eps=case.eps, norm=case.norm, steps=case.steps)))
+    told = f"PGD leaves {100 * pgd:.1f} %, APGD {100 * apgd:.1f} %"
+    if apgd - pgd > 0.01 and (apgd - pgd) * len(case.labels_n) > FEWEST:
+        return f"{told}: adaptive steps go astray"
+    if pgd - apgd > 0.03 and (pgd - apgd) * len(case.labels_n) > FEWEST:
+        return f"{told}: fixed steps or cross-entropy fail here"
+    return None
+
+
 def eight_bits(case: Case) -> str | None:
     """E31: rounding the attacked images to grey levels saves at most two points."""
     if case.traced is None:
@@ -255,7 +274,7 @@ CHEAP: dict[str, Doubt] = {
 #: Attacks of their own: on a subset, when asked for.
 DEAR: dict[str, Doubt] = {
     "E11": saturation, "E12": no_climb, "E13": unfinished, "E14": silent_success, "E15": more_steps, "E16": more_restarts, "E17": one_step,
-    "E18": black_box, "E20": monotony, "E21": unbounded, "E22": random_noise, "E31": eight_bits,
+    "E18": black_box, "E19": transfer, "E20": monotony, "E21": unbounded, "E22": random_noise, "E23": adaptive_steps, "E31": eight_bits,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from aft import cards
 from aft.cards import Card, Verdicts
+from aft.clip.model import ZeroShotModel
 from aft.errors import ConfigError
 from aft.evaluation import origin
 from aft.evaluation.checks import failed
@@ -113,7 +114,7 @@ def finished(path: Path, cell: Cell) -> Card | None:
 
 def evaluate(
     cell: Cell, out: Path, label: str = "model", *, batch_size: int = 100, place: Place | None = None, keep_images: bool = False,
-    command: str | None = None, checks: int = 0, log: Callable[[str], None] = lambda _: None,
+    command: str | None = None, checks: int = 0, siblings: Sequence[ZeroShotModel] = (), log: Callable[[str], None] = lambda _: None,
 ) -> Card | None:  # fmt: skip
     """Measures a cell, or what is left of it, and writes its card.
 
@@ -126,6 +127,7 @@ def evaluate(
         keep_images: keep adversarial images with the parts; parts that are done already are not made anew for it.
         command: for the card.
         checks: images for the dear doubts; 0 makes the cheap ones alone. A finished card is doubted again where more is asked than was.
+        siblings: other models, for the doubt whether images carried over from them break more.
         log: told after each part.
 
     Returns:
@@ -133,7 +135,7 @@ def evaluate(
     """
     path, parts, place = card_path(out, label, cell), Parts(out / "parts" / f"{_plain(label)}-{cell.id}"), place or Place()
     if card := finished(path, cell):
-        return card if checks <= _checked(card) else _doubt_again(cell, path, card, checks)
+        return card if checks <= _checked(card) else _doubt_again(cell, path, card, checks, siblings)
     todo = parts.missing(range(place.rank, len(cell.data), place.world))
     if todo:
         with scoring(cell.model):
@@ -141,7 +143,7 @@ def evaluate(
             for start in range(0, len(todo), batch_size):
                 _one_part(judge, todo[start : start + batch_size], parts, keep_images)
                 log(f"{min(start + batch_size, len(todo))} of {len(todo)} images")
-    return _close(cell, path, parts, command, checks)
+    return _close(cell, path, parts, command, checks, siblings)
 
 
 def _one_part(judge: Judge, rows: list[int], parts: Parts, keep_images: bool) -> None:
@@ -159,13 +161,15 @@ def _checked(card: Card) -> int:
     return int(told["images"]) if told and set(DEAR) <= set(told["made"]) else 0
 
 
-def _doubt_again(cell: Cell, path: Path, card: Card, checks: int) -> Card:
-    card = with_verdict(card, cell, cards.read_arrays(path.with_suffix(".npz")), checks)
+def _doubt_again(cell: Cell, path: Path, card: Card, checks: int, siblings: Sequence[ZeroShotModel]) -> Card:
+    card = with_verdict(card, cell, cards.read_arrays(path.with_suffix(".npz")), checks, siblings)
     cards.write(path, card)
     return card
 
 
-def _close(cell: Cell, path: Path, parts: Parts, command: str | None, checks: int) -> Card | None:
+def _close(
+    cell: Cell, path: Path, parts: Parts, command: str | None, checks: int, siblings: Sequence[ZeroShotModel]
+) -> Card | None:
     """Joins the parts when no row is missing. Another process may do the same at this moment: both write the same card."""
     try:
         done = parts.read()
@@ -176,7 +180,7 @@ def _close(cell: Cell, path: Path, parts: Parts, command: str | None, checks: in
         return finished(path, cell)
     costs = np.sum([part.pop("cost") for part in done], axis=0)
     verdicts = cards.join(done)
-    card = with_verdict(summarise(cell, verdicts, costs, command), cell, verdicts, checks)
+    card = with_verdict(summarise(cell, verdicts, costs, command), cell, verdicts, checks, siblings)
     cards.write(path, card, verdicts)
     parts.remove()
     return card

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from aft.cards import Card, Verdicts
+from aft.clip.model import ZeroShotModel
 from aft.evaluation.case import Case
 from aft.evaluation.doubts import CHEAP, DEAR, Doubt, doubted
 from aft.evaluation.judge import Cell, scoring
@@ -18,7 +21,7 @@ CHEAP_IMAGES, FEWEST_IMAGES = 16, 4
 WITHOUT_ATTACK = ("E5", "E6", "E7", "E8", "E27", "E28")
 
 
-def with_verdict(card: Card, cell: Cell, verdicts: Verdicts, images: int = 0) -> Card:
+def with_verdict(card: Card, cell: Cell, verdicts: Verdicts, images: int = 0, siblings: Sequence[ZeroShotModel] = ()) -> Card:
     """The card with its verdict: ``suspect`` with the checks that failed, ``reliable`` where all were made, else ``unchecked``.
 
     Args:
@@ -26,9 +29,10 @@ def with_verdict(card: Card, cell: Cell, verdicts: Verdicts, images: int = 0) ->
         cell: what was measured.
         verdicts: on its images.
         images: right ones, the first of their order, that the dear doubts look at; 0 makes the cheap ones alone.
+        siblings: other models, from which images are carried over.
     """
     asked = doubts_of(cell, images)
-    case = case_of(cell, verdicts, images or CHEAP_IMAGES)
+    case = case_of(cell, verdicts, images or CHEAP_IMAGES, siblings if images else ())
     if case is None:
         return {**card, "metrics": {**card["metrics"], "checks": {"images": 0, "made": [], "failed": {}}}}
     with scoring(cell.model):
@@ -47,7 +51,7 @@ def doubts_of(cell: Cell, images: int) -> dict[str, Doubt]:
     return CHEAP | DEAR if images else CHEAP
 
 
-def case_of(cell: Cell, verdicts: Verdicts, images: int) -> Case | None:
+def case_of(cell: Cell, verdicts: Verdicts, images: int, siblings: Sequence[ZeroShotModel] = ()) -> Case | None:
     """The first images that are right when clean; none where there are fewer than four."""
     rows = verdicts["row"][verdicts["clean"]][:images]
     if len(rows) < FEWEST_IMAGES:
@@ -57,8 +61,15 @@ def case_of(cell: Cell, verdicts: Verdicts, images: int) -> Case | None:
     batch, context = cell.data.batch([int(row) for row in rows]), task.prepare(model, cell.data)
     assert batch.labels is not None
     robust = verdicts["right"][np.isin(verdicts["row"], rows), -1] if verdicts["right"].shape[1] else np.ones(len(rows), dtype=bool)
+
+    def logits_of(one: ZeroShotModel) -> Callable[[Tensor], Tensor]:
+        """Over the same classes."""
+        texts = task.prepare(one, cell.data)
+        return lambda x_nCHW: task.forward(one, x_nCHW, texts)
+
     return Case(
         lambda x_nCHW: task.forward(model, x_nCHW, context), cell.in_space(batch.images.to(device)), batch.labels.to(device),
         cell.protocol.eps or 0.0, cell.protocol.norm or "linf", modules=[model], seed=cell.seed,
+        siblings=[logits_of(other.to(device).eval()) for other in siblings],
         robust_n=torch.from_numpy(robust).to(device),
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,6 +143,13 @@ def test_no_sound_model_is_flagged(seed: int, adversarial: bool) -> None:
     network = trained(seed, PGD(eps=EPS / 2, relative_step_size=0.5, steps=3) if adversarial else None)
     found = doubted(case_of(network, network), CHEAP | DEAR)
     assert found == {}, found
+
+
+def test_images_of_a_sibling_show_a_masked_gradient(network: nn.Module) -> None:
+    """E19: the quantised model's own gradient finds nothing, its sibling's does; a model's own images are no news to it."""
+    masked, plain = case_of(quantised_input(network), network), case_of(network, network)
+    assert "E19" in doubted(replace(masked, siblings=[network]), {"E19": DEAR["E19"]})
+    assert doubted(replace(plain, siblings=[network]), {"E19": DEAR["E19"]}) == {}
 
 
 def test_a_part_in_training_mode_is_flagged(network: nn.Module) -> None:
