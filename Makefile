@@ -23,7 +23,7 @@ test: $(STAMP) ## all tests, and the examples in the docstrings of the losses
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
 stress: $(STAMP) ## the tests of kills and of a full disk, ten times each
-	AFT_STRESS=1 $(RUN) -m pytest tests/callbacks/test_safety.py -k "kill_9 or full_disk"
+	AFT_STRESS=1 $(RUN) -m pytest tests/callbacks/test_safety.py tests/evaluation/test_kill_and_share.py -k "kill or full_disk"
 
 # No `ruff format --check`: formulas are laid out by hand.
 check: $(STAMP) ## ruff (style, common faults) and mypy (strict for aft)

@@ -1,4 +1,4 @@
-"""A verdict on each image of one batch: right when clean, and after each attack in turn, always by a fresh fp32 forward.
+"""A verdict on each image of one batch: right when clean, and after each attack in turn, always by a fresh forward in fp32 (or fp64).
 
 Shapes: n images of a batch, C channels, H rows, W columns, A attacks.
 """
@@ -19,7 +19,7 @@ from aft.attacks import sample_keys
 from aft.attacks.base import Objective
 from aft.batch import EvaluationSet
 from aft.cards import Verdicts, cell_of
-from aft.clip.model import ZeroShotModel
+from aft.clip.model import ZeroShotModel, at_least_fp32
 from aft.errors import ConfigError
 from aft.evaluation.checks import inside
 from aft.evaluation.origin import data_block, model_block
@@ -190,7 +190,7 @@ class Judge:
     def look(self, images_nCHW: Tensor, truth_n: Tensor) -> tuple[Tensor, Tensor]:
         """The fresh forward: answers and whether they are right. It knows nothing of any attack (E2)."""
         with torch.no_grad():
-            outputs = self.task.forward(self.model, images_nCHW.detach().float(), self.context)
+            outputs = self.task.forward(self.model, at_least_fp32(images_nCHW.detach()), self.context)
         return self.task.answer(outputs), self.task.score(outputs, truth_n)
 
     def attack(self, planned: Planned, course: _Course, meant_n: Tensor) -> None:
@@ -203,7 +203,7 @@ class Judge:
             result = planned.attack(objective, clean_nCHW, course.keys_n[rows_n])
             answer_n, still_n = self.look(result.x_BCHW, truth_n)
             within_n = inside(result.x_BCHW, clean_nCHW, planned.attack.norm, planned.attack.threat.radius)
-            course.shown_nCHW[rows_n], course.answer_n[rows_n], right_n[rows_n] = result.x_BCHW.float(), answer_n, still_n
+            course.shown_nCHW[rows_n], course.answer_n[rows_n], right_n[rows_n] = result.x_BCHW.to(course.shown_nCHW), answer_n, still_n
             course.inside_n[rows_n] &= within_n
             if result.broken_B is not None:
                 agree_n[rows_n] = result.broken_B == ~still_n
