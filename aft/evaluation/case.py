@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aft.attacks import APGD, PGD, ClassificationObjective, sample_keys, value_and_gradient
 from aft.attacks.base import Adversarial, Attack, Judged, Objective
 from aft.attacks.objectives import LossName
-from aft.attacks.threat_model import Norm, threat_model
+from aft.attacks.threat_model import Norm
 from aft.errors import InputError
 
 #: The search that is looked into takes so many times the steps of the others: whether it has come to rest shows late.
@@ -124,10 +124,6 @@ class Case:
             return withstood_n
         apgd = APGD(eps=self.eps, norm=self.norm, steps=self.steps)
         return withstood_n & self.right(self.traced.found.x_BCHW) & self.run(apgd)
-
-    def ball(self) -> Callable[[Tensor], Tensor]:
-        """The projection on the ball around the clean images."""
-        return threat_model(self.norm, self.eps).around(self.images_nCHW)
 
 
 @dataclass(frozen=True, eq=False)
