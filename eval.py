@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 import sys
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule
 
@@ -29,8 +27,8 @@ from aft.attacks.threat_model import Norm, pixel_fraction
 from aft.batch import EvaluationSet
 from aft.cards import write_whole
 from aft.clip import ModelSpec, ZeroShotModel, load_model
-from aft.clip.files import HUB, fetched_from_hub
 from aft.clip.merge import interpolate
+from aft.clip.weights import named
 from aft.errors import AftError, ConfigError, RunError, unknown_name
 from aft.evaluation import Cell, Classification, Place, Protocol, evaluate, first, plan, report
 from aft.evaluation.judge import Survivors
@@ -38,6 +36,7 @@ from aft.evaluation.picture import draw, draw_curve
 from aft.evaluation.published import PUBLISHED
 from aft.evaluation.report import Labelled
 from aft.evaluation.runner import card_path, survivors_of
+from aft.settings import defaults_of, in_short
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -285,16 +284,6 @@ def picture(cards: list[Labelled], path: Path, drawer: Callable[[list[Labelled],
         return None
 
 
-def named(model: str) -> ModelSpec:
-    """What ``--model`` means: a path, a name of the hub, NAME/TAG, or NAME."""
-    if model.startswith(HUB):
-        return ModelSpec(pretrained=str(fetched_from_hub(model)))
-    if Path(model).exists():
-        return ModelSpec(pretrained=model)
-    name, _, tag = model.rpartition("/")
-    return ModelSpec(name, tag) if name else ModelSpec(tag)
-
-
 def torch_device(name: str) -> torch.device:
     """The device of that name.
 
@@ -350,29 +339,6 @@ def explained(error: ArgumentError, parser: ArgumentParser) -> ConfigError:
     of_class = re.search(r"class_path '([\w.]+)': Option", text)
     known = defaults_of(of_class[1]) if of_class else {action.dest.split(".")[0]: None for action in parser._actions}
     return ConfigError(f"{text} ({unknown_name('setting', unknown[1] or unknown[2], known.keys() - {'help', 'print_config'})})")
-
-
-def defaults_of(class_path: str) -> dict[str, Any]:
-    """The settings of a class with their defaults, by its dotted path."""
-    module, _, name = class_path.rpartition(".")
-    parser = ArgumentParser()
-    parser.add_class_arguments(getattr(importlib.import_module(module), name), fail_untyped=False)
-    return dict(parser.get_defaults().as_dict())
-
-
-def in_short(effective: str, defaults: str) -> str:
-    """The settings that differ from the defaults, also inside ``data``, as compact YAML."""
-    usual, given = yaml.safe_load(defaults), yaml.safe_load(effective)
-    short = {key: value for key, value in given.items() if value != usual.get(key)}
-    of_class = defaults_of(short["data"]["class_path"])
-    told = short["data"].get("init_args", {}).items()
-    inside = {key: value for key, value in told if key not in of_class or _plain(of_class[key]) != value}
-    short["data"] = short["data"]["class_path"] if not inside else {"class_path": short["data"]["class_path"], "init_args": inside}
-    return str(yaml.safe_dump(short, sort_keys=False, default_flow_style=None, width=120))
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def main(args: list[str] | None = None) -> list[Labelled]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser
 
 from aft.errors import AftError, unknown_name
 
@@ -124,3 +126,26 @@ def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{path}.{key}" if path else str(key))
     else:
         yield path, tree
+
+
+def defaults_of(class_path: str) -> dict[str, Any]:
+    """The settings of a class with their defaults, by its dotted path."""
+    module, _, name = class_path.rpartition(".")
+    parser = ArgumentParser()
+    parser.add_class_arguments(getattr(importlib.import_module(module), name), fail_untyped=False)
+    return dict(parser.get_defaults().as_dict())
+
+
+def in_short(effective: str, defaults: str) -> str:
+    """The settings that differ from the defaults, also inside ``data``, as compact YAML."""
+    usual, given = yaml.safe_load(defaults), yaml.safe_load(effective)
+    short = {key: value for key, value in given.items() if value != usual.get(key)}
+    of_class = defaults_of(short["data"]["class_path"])
+    told = short["data"].get("init_args", {}).items()
+    inside = {key: value for key, value in told if key not in of_class or _plain(of_class[key]) != value}
+    short["data"] = short["data"]["class_path"] if not inside else {"class_path": short["data"]["class_path"], "init_args": inside}
+    return str(yaml.safe_dump(short, sort_keys=False, default_flow_style=None, width=120))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

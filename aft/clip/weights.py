@@ -26,7 +26,7 @@ from aft.clip.architectures import (
     tokenizer_of,
 )  # fmt: skip
 from aft.clip.enlarge import enlarge, regrid
-from aft.clip.files import SUFFIXES, file_hash, load_strictly, read_file, recipe_in, weights_in
+from aft.clip.files import HUB, SUFFIXES, fetched_from_hub, file_hash, load_strictly, read_file, recipe_in, weights_in
 from aft.clip.fit import INPUT, Sizes, check_fit, sizes_of_config, sizes_of_state
 from aft.clip.layouts import Layout, detect
 from aft.clip.model import ModelRecord, ZeroShotModel, state_hash
@@ -79,6 +79,16 @@ class ModelSpec:
                     f"{name} = {tuple(values)}: give three numbers from {least:g} to 1, for red, green and blue pixels in [0, 1] "
                     "(divide by 255 what is meant for grey levels)."
                 )
+
+
+def named(model: str) -> ModelSpec:
+    """The model that one word means: a path, a name of the hub, NAME/TAG, or NAME."""
+    if model.startswith(HUB):
+        return ModelSpec(pretrained=str(fetched_from_hub(model)))
+    if Path(model).exists():
+        return ModelSpec(pretrained=model)
+    name, _, tag = model.rpartition("/")
+    return ModelSpec(name, tag) if name else ModelSpec(tag)
 
 
 def load_model(spec: ModelSpec | str = ModelSpec()) -> ZeroShotModel:

@@ -11,6 +11,7 @@ import yaml
 import eval as command
 from aft.clip import ModelSpec, files, load_model
 from aft.clip.pack import pack_tower
+from aft.clip.weights import named
 from aft.errors import AftError
 from aft.evaluation import runner
 
@@ -104,14 +105,14 @@ def test_one_model_by_its_name(given, expected, monkeypatch):
         return f"/cache/{name}"
 
     monkeypatch.setattr(files.huggingface_hub, "snapshot_download", fetch)
-    assert command.named(given) == expected
+    assert named(given) == expected
 
 
 def test_a_model_of_the_hub_that_cannot_be_fetched_is_named(monkeypatch):
     """With what to do."""
     monkeypatch.setattr(files.huggingface_hub, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(AftError, match="hf-hub:a/b could not be fetched .no network.: check name and network"):
-        command.named("hf-hub:a/b")
+        named("hf-hub:a/b")
 
 
 def test_a_radius_given_twice_is_measured_once(tmp_path, capsys):
