@@ -3,8 +3,9 @@
     python eval.py evaluate -c configs/eval/quickstart.yaml     (evaluate is the default and may be left out)
     python eval.py curve -c configs/eval/curve.yaml --robust.pretrained FILE
     python eval.py report --cards runs/eval/cards
+    python eval.py external --card FILE --robust_accuracy 0.12 --source "whose attack"
 
-``python eval.py evaluate -h`` (``curve -h``, ``report -h``) lists all settings.
+``python eval.py evaluate -h`` (``curve -h``, ``report -h``, ``external -h``) lists all settings.
 """
 
 from __future__ import annotations
@@ -19,26 +20,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule
 
 from aft.attacks.threat_model import Norm, pixel_fraction
 from aft.batch import EvaluationSet
-from aft.cards import write_whole
+from aft.cards import lowered, read, with_external, write, write_whole
 from aft.clip import ModelSpec, ZeroShotModel, load_model
 from aft.clip.merge import interpolate
 from aft.clip.weights import named
 from aft.errors import AftError, ConfigError, RunError, unknown_name
-from aft.evaluation import Cell, Classification, Place, Protocol, evaluate, first, plan, report
+from aft.evaluation import Cell, Classification, Place, Protocol, evaluate, first, plan, report, robustbench
 from aft.evaluation.judge import Survivors
 from aft.evaluation.picture import draw, draw_curve
+from aft.evaluation.place import now_and_then, torch_device, use_threads
 from aft.evaluation.published import PUBLISHED
 from aft.evaluation.report import Labelled
 from aft.evaluation.runner import card_path, survivors_of
 from aft.settings import defaults_of, in_short
-
-SECONDS_BETWEEN_LINES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,24 +250,59 @@ class Report:
     Args:
         cards: folder, or list of folders, to look for cards in.
         out: folder for table.csv and accuracy.png; null: beside the first folder of ``cards``.
+        robustbench: folder for one JSON file a model and radius, in the form of RobustBench's model entries; null: none.
     """
 
     cards: Path | list[Path] = Path("runs/eval/cards")
     out: Path | None = None
+    robustbench: Path | None = None
 
     def run(self, command: str, effective: str) -> list[Labelled]:
         """Reads, shows and returns the cards."""
         folders = self.cards if isinstance(self.cards, list) else [self.cards]
         found = report.load(folders)
         publish(found, folders[0].parent if self.out is None else self.out)
+        if self.robustbench is not None:
+            print(f"robustbench: {len(robustbench.export(as_shown(found), self.robustbench))} files below {self.robustbench}")
         return found
 
 
-COMMANDS: dict[str, type[Evaluate] | type[Curve] | type[Report]] = {"evaluate": Evaluate, "curve": Curve, "report": Report}
+@dataclass(frozen=True, kw_only=True)
+class External:
+    """Notes on a card what somebody else's attack left of its images; tables then show that number, marked, and the source.
+
+    Args:
+        card: the card's file.
+        robust_accuracy: share in [0, 1] of the card's images that is still right; lower than the card's.
+        source: who attacked, and how.
+    """
+
+    card: Path
+    robust_accuracy: float
+    source: str
+
+    def run(self, command: str, effective: str) -> list[Labelled]:
+        """Writes the card anew, and shows it."""
+        told = with_external(read(self.card), self.robust_accuracy, self.source)
+        write(self.card, told)
+        found = [(self.card.parent.name, told)]
+        report.show(as_shown(found))
+        return found
+
+
+COMMANDS: dict[str, type[Evaluate | Curve | Report | External]] = {
+    "evaluate": Evaluate, "curve": Curve, "report": Report, "external": External,
+}  # fmt: skip
+
+
+def as_shown(cards: list[Labelled]) -> list[Labelled]:
+    """Each card with the lower of its own robust accuracy and of an external attack's."""
+    return [(label, lowered(card)) for label, card in cards]
 
 
 def publish(cards: list[Labelled], out: Path) -> None:
     """The table on screen, then ``table.csv`` and ``accuracy.png``."""
+    cards = as_shown(cards)
     report.show(cards)
     print(f"table: {report.write_csv(cards, out / 'table.csv')}")
     if drawn := picture(cards, out / "accuracy.png", draw):
@@ -282,43 +316,6 @@ def picture(cards: list[Labelled], path: Path, drawer: Callable[[list[Labelled],
     except RunError as error:
         print(error)
         return None
-
-
-def torch_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        RunError: CUDA is asked for where torch sees none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RunError("device = cuda, but torch sees no CUDA device: use cpu or auto, or install a CUDA build of torch.")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
-
-
-def use_threads(count: int | None) -> None:
-    """Sets torch's CPU threads, unless it is to choose for itself.
-
-    Raises:
-        ConfigError: fewer than one.
-    """
-    if count is not None and count < 1:
-        raise ConfigError(f"threads = {count}: give 1 or more, or null for torch's own choice.")
-    if count is not None:
-        torch.set_num_threads(count)
-
-
-def now_and_then(say: Callable[[str], None]) -> Callable[[str], None]:
-    """``say``, but at most every ten seconds."""
-    last = time.perf_counter()
-
-    def perhaps(text: str) -> None:
-        """Says it, if the last line is long enough ago."""
-        nonlocal last
-        if time.perf_counter() - last >= SECONDS_BETWEEN_LINES:
-            last = time.perf_counter()
-            say(text)
-
-    return perhaps
 
 
 def parser_of(name: str) -> ArgumentParser:
@@ -359,7 +356,7 @@ def main(args: list[str] | None = None) -> list[Labelled]:
         raise explained(error, parser) from error
     settings.pop("config", None)
     effective = parser.dump(settings, skip_unset=False)
-    if name != "report":
+    if name not in ("report", "external"):
         print(in_short(effective, parser.dump(parser.get_defaults(), skip_unset=False, skip_validation=True)), flush=True)
     made: Any = COMMANDS[name](**vars(parser.instantiate(settings)))
     cards: list[Labelled] = made.run(command, effective)

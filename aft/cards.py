@@ -50,9 +50,10 @@ BLOCKS: dict[str, tuple[str, ...]] = {
     "standard_error": ("clean", "robust"),
     "verdict": ("status", "failed_checks"),
     "cost": ("forwards", "backwards", "seconds", "device"),
+    "external": ("robust_accuracy", "source"),
 }  # fmt: skip
 
-MAY_BE_NONE = {"threat", "defense"}
+MAY_BE_NONE = {"threat", "defense", "external"}
 STATUSES = ("complete", "partial")
 VERDICTS = ("reliable", "suspect", "unchecked")
 
@@ -84,6 +85,36 @@ def standard_error(share: float, n: int) -> float:
         0.05
     """
     return math.sqrt(share * (1 - share) / n)
+
+
+def with_external(card: Card, robust_accuracy: float, source: str) -> Card:
+    """The card with what somebody else's attack left of its images; tables show the lower of the two accuracies.
+
+    Args:
+        card: with a robust accuracy.
+        robust_accuracy: share in [0, 1] of the card's own images, at its radius.
+        source: who attacked, and how; where it can be read.
+
+    Raises:
+        DataError: no robust accuracy to lower, a number that does not lower it, or no source.
+    """
+    before = lowered(card)["robust_accuracy"]
+    if before is None:
+        raise DataError("this card has no robust accuracy: an attack from outside belongs to a card that was attacked.")
+    if not 0 <= robust_accuracy < before:
+        raise DataError(f"robust_accuracy = {robust_accuracy:g} does not lower {before:g}: give a share from 0 to below it (0.12, not 12).")
+    if not source.strip():
+        raise DataError("source is empty: say who attacked, and how, so that it can be checked.")
+    return {**card, "external": {"robust_accuracy": robust_accuracy, "source": source}}
+
+
+def lowered(card: Card) -> Card:
+    """The card as tables show it: its robust accuracy is the lower of its own and of an external attack's."""
+    told = card["external"]
+    if told is None or told["robust_accuracy"] >= card["robust_accuracy"]:
+        return card
+    error = standard_error(told["robust_accuracy"], card["data"]["n"])
+    return {**card, "robust_accuracy": told["robust_accuracy"], "standard_error": {**card["standard_error"], "robust": error}}
 
 
 def validate(card: Mapping[str, Any], origin: str = "card") -> Card:

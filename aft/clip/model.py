@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aft.clip.prompts import fill_templates, text_hash
+from aft.clip.stages import Stages
 from aft.clip.text_transform import TextTransform
 from aft.clip.towers import encode_with_tokens
 from aft.errors import ConfigError
@@ -136,6 +137,16 @@ class ZeroShotModel(nn.Module):
         tower = self.clip.visual
         assert isinstance(tower, nn.Module)
         return tower
+
+    @property
+    def stages(self) -> Stages:
+        """What a defence does before and after the image tower: nothing in a plain model."""
+        return Stages()
+
+    @property
+    def undefended(self) -> ZeroShotModel:
+        """The model between the stages: itself."""
+        return self
 
     @property
     def width(self) -> int:

@@ -20,6 +20,7 @@ from aft.attacks.base import Objective
 from aft.batch import EvaluationSet
 from aft.cards import Verdicts, cell_of
 from aft.clip.model import ZeroShotModel, at_least_fp32
+from aft.clip.stages import draws_for
 from aft.errors import ConfigError
 from aft.evaluation.checks import inside
 from aft.evaluation.origin import data_block, model_block
@@ -177,7 +178,7 @@ class Judge:
         assert batch.labels is not None
         shown_nCHW, truth_n = self.cell.in_space(batch.images.to(self.device)), batch.labels.to(self.device)
         keys_n = sample_keys(self.cell.seed, 0, batch.index).to(self.device)
-        answer_n, right_n = self.look(shown_nCHW, truth_n)
+        answer_n, right_n = self.look(shown_nCHW, truth_n, keys_n)
         spared = self.cell.survivors.rows if self.cell.survivors else frozenset()
         spared_n = torch.tensor([row in spared for row in rows], device=self.device)
         course = _Course(shown_nCHW, truth_n, keys_n, answer_n, right_n, spared_n)
@@ -187,10 +188,11 @@ class Judge:
         columns = {"row": torch.as_tensor(rows), "index": batch.index, "label": batch.labels, "clean_answer": answer_n, "clean": right_n}
         return {name: _array(column) for name, column in {**columns, **course.columns()}.items()}, course.shown_nCHW
 
-    def look(self, images_nCHW: Tensor, truth_n: Tensor) -> tuple[Tensor, Tensor]:
-        """The fresh forward: answers and whether they are right. It knows nothing of any attack (E2)."""
+    def look(self, images_nCHW: Tensor, truth_n: Tensor, keys_n: Tensor) -> tuple[Tensor, Tensor]:
+        """The fresh forward: answers and whether they are right. It knows nothing of any attack (E2), nor its random numbers."""
         with torch.no_grad():
-            outputs = self.task.forward(self.model, at_least_fp32(images_nCHW.detach()), self.context)
+            draws = draws_for("scoring", keys_n)
+            outputs = self.task.forward(self.model, at_least_fp32(images_nCHW.detach()), self.context, draws)
         return self.task.answer(outputs), self.task.score(outputs, truth_n)
 
     def attack(self, planned: Planned, course: _Course, meant_n: Tensor) -> None:
@@ -201,7 +203,7 @@ class Judge:
             clean_nCHW, truth_n = course.clean_nCHW[rows_n], course.truth_n[rows_n]
             objective: Objective = self.task.objective(self.model, self.context, truth_n, planned.loss)
             result = planned.attack(objective, clean_nCHW, course.keys_n[rows_n])
-            answer_n, still_n = self.look(result.x_BCHW, truth_n)
+            answer_n, still_n = self.look(result.x_BCHW, truth_n, course.keys_n[rows_n])
             within_n = inside(result.x_BCHW, clean_nCHW, planned.attack.norm, planned.attack.threat.radius)
             course.shown_nCHW[rows_n], course.answer_n[rows_n], right_n[rows_n] = result.x_BCHW.to(course.shown_nCHW), answer_n, still_n
             course.inside_n[rows_n] &= within_n

@@ -175,14 +175,15 @@ def plan(name: str, *, eps: float | str, steps: int, targets: int, classes: int,
 
     Args:
         name: one of ``PROTOCOLS``, or of ``PUBLISHED``, which bring their own radius and steps.
-        eps: radius in units of the pixel range, a number or a text such as ``"2/255"``; not read by ``clean``.
+        eps: radius in units of the pixel range, a number or a text such as ``"2/255"``; not read by ``clean``. At 0 every attack
+            leaves the images as they are, and the robust accuracy is the clean one.
         steps: of each attack.
         targets: of a targeted attack, clipped to ``classes - 1``.
         classes: K of the label space, 2 or more.
         norm: ``linf`` or ``l2``.
 
     Raises:
-        ConfigError: unknown name, a radius of 0 or outside the pixel range, no steps, no targets, or fewer than 2 classes.
+        ConfigError: unknown name, a radius outside the pixel range, no steps, no targets, or fewer than 2 classes.
     """
     if name not in PROTOCOLS and name not in PUBLISHED:
         raise ConfigError(unknown_name("protocol", name, [*PROTOCOLS, *PUBLISHED]))
@@ -193,8 +194,6 @@ def plan(name: str, *, eps: float | str, steps: int, targets: int, classes: int,
     if name in PUBLISHED:
         return of_the_literature(PUBLISHED[name], classes)
     radius = pixel_fraction(eps)
-    if radius == 0:
-        raise ConfigError("eps = 0 leaves an attack nothing to change: use the protocol clean.")
     for setting, value in (("steps", steps), ("targets", targets)):
         if value < 1:
             raise ConfigError(f"{setting} = {value} is too small: give 1 or more, or use the protocol clean.")

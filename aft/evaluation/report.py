@@ -23,7 +23,7 @@ Labelled = tuple[str, Card]
 CSV_COLUMNS = (
     "label", "model", "method", "sha256", "data", "split", "label_space", "classes", "n", "protocol", "fidelity", "norm", "eps", "space",
     "resolution", "attacks", "steps", "targets", "precision", "clean_accuracy", "clean_standard_error", "robust_accuracy",
-    "robust_standard_error", "chance", "largest_class_share", "verdict", "failed_checks", "cell", "created",
+    "robust_standard_error", "chance", "largest_class_share", "verdict", "failed_checks", "external", "cell", "created",
 )  # fmt: skip
 VERDICT_ORDER = ("suspect", "unchecked", "reliable")
 
@@ -111,7 +111,7 @@ def _n_column(labelled: Sequence[Labelled]) -> list[str]:
 
 def _table_cells(row: list[Labelled], protocols: Sequence[str], with_n: bool) -> list[str]:
     label, card = row[0]
-    robust = {printed(one["protocol"]): percent(one["robust_accuracy"], one["standard_error"]["robust"]) for _, one in row}
+    robust = {printed(one["protocol"]): _robust_text(one) for _, one in row}
     clean = percent(card["clean_accuracy"], card["standard_error"]["clean"])
     share = f"{100 * max(one['largest_class_share'] for _, one in row):.0f}"
     failed = sorted({check for _, one in row for check in one["verdict"]["failed_checks"]})
@@ -120,6 +120,11 @@ def _table_cells(row: list[Labelled], protocols: Sequence[str], with_n: bool) ->
     robusts = [robust.get(name, "-") for name in protocols]
     n = [str(card["data"]["n"])] if with_n else []
     return [label, data_text(card), eps_text(card), *n, clean, *robusts, share, verdict]
+
+
+def _robust_text(card: Card) -> str:
+    """With an asterisk where an attack from outside lowered it."""
+    return percent(card["robust_accuracy"], card["standard_error"]["robust"]) + ("*" if card["external"] else "")
 
 
 def footnotes(labelled: Sequence[Labelled]) -> list[str]:
@@ -136,6 +141,8 @@ def footnotes(labelled: Sequence[Labelled]) -> list[str]:
     places = {(c["threat"]["space"], c["threat"]["resolution"], c["threat"]["norm"]) for _, c in labelled if c["threat"] is not None}
     for space, side, norm in sorted(places):
         notes.append(f"eps: {norm} in units of the pixel range, on {space} pixels at {side} px.")
+    for source in dict.fromkeys(card["external"]["source"] for _, card in labelled if card["external"]):
+        notes.append(f"* lowered by an attack from outside: {source}")
     if any("spared" in card["metrics"] for _, card in labelled):
         notes.append("Largest radius first: images that it did not break count as robust at the smaller ones and were not attacked again.")
     chances = {data_text(card): card["chance"] for _, card in labelled}
@@ -175,7 +182,7 @@ def _csv_row(label: str, card: Card) -> dict[str, Any]:
         "protocol": card["protocol"]["name"], "fidelity": card["protocol"]["fidelity"],
         "attacks": "+".join(attack["name"] for attack in attacks), "steps": "+".join(str(attack["steps"]) for attack in attacks),
         "targets": "+".join(str(attack["target"] or "") for attack in attacks), "verdict": card["verdict"]["status"],
-        "failed_checks": "+".join(card["verdict"]["failed_checks"]),
+        "failed_checks": "+".join(card["verdict"]["failed_checks"]), "external": (card["external"] or {}).get("source"),
         "clean_standard_error": card["standard_error"]["clean"], "robust_standard_error": card["standard_error"]["robust"],
     }  # fmt: skip
     same = {name: {**card, **data, **threat}.get(name) for name in CSV_COLUMNS if name not in columns}

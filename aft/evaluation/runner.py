@@ -5,12 +5,10 @@ There are no collectives: rank r of W takes rows r, r + W, ..., parts are files,
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +19,14 @@ from torch import Tensor
 from aft import cards
 from aft.cards import Card, Verdicts
 from aft.clip.model import ZeroShotModel
-from aft.errors import ConfigError
 from aft.evaluation import origin
 from aft.evaluation.checks import failed
 from aft.evaluation.doubts import DEAR
 from aft.evaluation.judge import Cell, Cost, Judge, Survivors, scoring
+from aft.evaluation.place import Place
 from aft.evaluation.verdict import with_verdict
 
 __all__ = ["Cell", "Parts", "Place", "card_path", "evaluate", "finished", "survivors_of"]
-
-
-@dataclass(frozen=True)
-class Place:
-    """This process among those that share the work; each may run anywhere that sees the same folder.
-
-    Args:
-        rank: from 0.
-        world: how many there are.
-
-    Raises:
-        ConfigError: a rank that is not among them.
-    """
-
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world:
-            raise ConfigError(f"rank = {self.rank} of world = {self.world}: ranks are 0 to world - 1.")
-
-    @classmethod
-    def of_environment(cls) -> Place:
-        """As torchrun and Lightning tell it (``RANK``, ``WORLD_SIZE``); alone where they say nothing."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 class Parts:

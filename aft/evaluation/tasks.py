@@ -5,11 +5,12 @@ Shapes: n images, C channels, H rows, W columns, K classes, D embedding width, N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from aft.attacks.base import Objective
@@ -17,6 +18,7 @@ from aft.attacks.objectives import ClassificationObjective, LossName, ce, dlr, d
 from aft.batch import EvaluationSet
 from aft.cards import Verdicts
 from aft.clip.model import ZeroShotModel
+from aft.clip.stages import Draw, encode_in_stages
 
 
 class Task(Protocol):
@@ -30,8 +32,8 @@ class Task(Protocol):
     def prepare(self, model: ZeroShotModel, data: EvaluationSet) -> Any:
         """What is computed once for all images, such as a bank of class texts."""
 
-    def forward(self, model: ZeroShotModel, images_nCHW: Tensor, context: Any, draws: int = 1) -> Tensor:
-        """The model's outputs for these images; ``draws`` averages a random model's."""
+    def forward(self, model: ZeroShotModel, images_nCHW: Tensor, context: Any, draws: Sequence[Draw] = ()) -> Tensor:
+        """The model's outputs for these images; a random model's are the mean over ``draws``."""
 
     def objective(self, model: ZeroShotModel, context: Any, truth_n: Tensor, loss: LossName) -> Objective:
         """What an attack on these rows maximises."""
@@ -70,9 +72,11 @@ class Classification:
         """Encodes every class name in every template, once."""
         return ClassText(model.text_bank(data.class_names, data.templates))
 
-    def forward(self, model: ZeroShotModel, images_nCHW: Tensor, context: ClassText, draws: int = 1) -> Tensor:
-        """Logits over the label space, ``[n, K]``; a plain model has no draws to average."""
-        return model.logits(model.encode(images_nCHW), context.text_KD, self.scale)
+    def forward(self, model: ZeroShotModel, images_nCHW: Tensor, context: ClassText, draws: Sequence[Draw] = ()) -> Tensor:
+        """Logits over the label space, ``[n, K]``, the mean over the draws of a random model."""
+        asked: Sequence[Draw | None] = draws if model.stages.random and draws else [None]
+        looks = [model.logits(encode_in_stages(model, images_nCHW, draw), context.text_KD, self.scale) for draw in asked]
+        return torch.stack(looks).mean(0) if len(looks) > 1 else looks[0]
 
     def objective(self, model: ZeroShotModel, context: ClassText, truth_n: Tensor, loss: LossName) -> Objective:
         """A classification loss over the model; targeted attacks aim it themselves, so for them it starts as cross-entropy."""

@@ -38,7 +38,7 @@ def with_verdict(card: Card, cell: Cell, verdicts: Verdicts, images: int = 0, si
     with scoring(cell.model):
         found = doubted(case, asked)
     before = [name for name in card["verdict"]["failed_checks"] if name not in asked]
-    failed, whole = [*before, *found], cell.protocol.eps is None or images > 0
+    failed, whole = [*before, *found], not cell.protocol.eps or images > 0
     checks: dict[str, Any] = {"images": len(case.labels_n), "made": list(asked), "failed": found}
     status = "suspect" if failed else "reliable" if whole else "unchecked"
     return {**card, "verdict": {"status": status, "failed_checks": failed}, "metrics": {**card["metrics"], "checks": checks}}
@@ -46,7 +46,7 @@ def with_verdict(card: Card, cell: Cell, verdicts: Verdicts, images: int = 0, si
 
 def doubts_of(cell: Cell, images: int) -> dict[str, Doubt]:
     """Those that are made for a cell."""
-    if cell.protocol.eps is None:
+    if not cell.protocol.eps:
         return {name: CHEAP[name] for name in WITHOUT_ATTACK}
     return CHEAP | DEAR if images else CHEAP
 

@@ -49,7 +49,7 @@ def test_autoattack_is_exact_from_ten_classes_on(classes, expected, fidelity):
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"name": "apdg"}, "did you mean 'apgd'"), ({"eps": 4}, "write 4/255"), ({"eps": 0}, "protocol clean"), ({"eps": "x"}, "not a number"),
+    ({"name": "apdg"}, "did you mean 'apgd'"), ({"eps": 4}, "write 4/255"), ({"eps": "x"}, "not a number"),
     ({"steps": 0}, "steps = 0"), ({"targets": 0}, "targets = 0"), ({"classes": 1}, "two classes"), ({"norm": "l3"}, "unknown norm"),
 ])  # fmt: skip
 def test_a_plan_that_makes_no_sense_is_an_error(settings, words):

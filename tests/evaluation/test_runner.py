@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -243,3 +244,25 @@ def test_survivors_of_a_larger_radius_are_not_attacked_again(model, data, tmp_pa
     assert np.array_equal(found["right"][attacked], expected["right"][attacked]) and found["right"][sorted(survivors.rows)].all()
     with pytest.raises(ConfigError, match="larger radius"):
         replace(cell_for(model, data, eps=0.03), survivors=survivors)
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd", "strict", "four", "autoattack_standard"])
+def test_a_radius_of_zero_gives_the_clean_accuracy(model, data, tmp_path, name):
+    """Exactly, and nothing is held against the model for it."""
+    card = evaluate(Cell(model, first(data, 8), plan(name, eps=0, steps=3, targets=2, classes=len(data.class_names))), tmp_path)
+    assert card["robust_accuracy"] == card["clean_accuracy"] > 0.5 and card["verdict"]["status"] == "reliable"
+    assert card["threat"]["eps"] == 0
+
+
+def test_more_of_an_attack_never_raises_accuracy(model, data, tmp_path):
+    """Radius, steps and targets, beyond one standard error; the whole box leaves at most 1 %."""
+    def left(name="apgd", **settings):
+        given = {"eps": "8/255", "steps": 5, "targets": 1, "classes": len(data.class_names), **settings}
+        card = evaluate(Cell(model, data, plan(name, **given)), tmp_path)
+        return card["robust_accuracy"], card["standard_error"]["robust"]
+
+    for change in ([{"eps": f"{eps}/255"} for eps in (1, 2, 4, 8, 16, 32)], [{"steps": steps} for steps in (1, 2, 5, 20)],
+                   [{"targets": targets} for targets in (1, 2, 4)]):  # fmt: skip
+        found = [left(**one) for one in change]
+        assert all(after <= before + error for (before, error), (after, _) in pairwise(found)), found
+    assert left(eps=1.0, steps=20)[0] <= 0.01
