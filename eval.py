@@ -263,7 +263,7 @@ class Report:
         found = report.load(folders)
         publish(found, folders[0].parent if self.out is None else self.out)
         if self.robustbench is not None:
-            print(f"robustbench: {len(robustbench.export(as_shown(found), self.robustbench))} files below {self.robustbench}")
+            print(f"robustbench: {len(robustbench.export(found, self.robustbench))} files below {self.robustbench}")
         return found
 
 

@@ -111,7 +111,7 @@ def with_external(card: Card, robust_accuracy: float, source: str) -> Card:
 def lowered(card: Card) -> Card:
     """The card as tables show it: its robust accuracy is the lower of its own and of an external attack's."""
     told = card["external"]
-    if told is None or told["robust_accuracy"] >= card["robust_accuracy"]:
+    if told is None or card["robust_accuracy"] is None or told["robust_accuracy"] >= card["robust_accuracy"]:
         return card
     error = standard_error(told["robust_accuracy"], card["data"]["n"])
     return {**card, "robust_accuracy": told["robust_accuracy"], "standard_error": {**card["standard_error"], "robust": error}}

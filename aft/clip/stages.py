@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 Purpose = Literal["scoring", "selection", "attack"]
 PURPOSES: tuple[Purpose, ...] = ("scoring", "selection", "attack")
-#: Numbers of draws that each purpose has, so that no attack sees the random numbers that it is judged by.
+#: Numbers of draws that each purpose has, so that no attack sees the random numbers that it is judged by. Those below the first purpose's
+#: are the attacks' own (starts, windows), which are made from the same keys.
 DRAWS_A_PURPOSE = 1 << 32
 #: Numbers of counted noise that one draw has, for a defence that needs several.
 USES_A_DRAW = 1 << 12
@@ -67,7 +68,7 @@ def draws_for(purpose: Purpose, keys_n: Tensor, count: int = 1, first: int = 0) 
         raise ConfigError(unknown_name("purpose", str(purpose), PURPOSES))
     if first < 0 or count < 1 or first + count > DRAWS_A_PURPOSE:
         raise ConfigError(f"draws {first} to {first + count - 1}: give one or more, from 0 and below {DRAWS_A_PURPOSE}.")
-    start = PURPOSES.index(purpose) * DRAWS_A_PURPOSE + first
+    start = (1 + PURPOSES.index(purpose)) * DRAWS_A_PURPOSE + first
     return [Draw(keys_n, start + i) for i in range(count)]
 
 

@@ -1,7 +1,8 @@
 """Cards as model entries in the form that RobustBench keeps (``model_info/DATA/THREAT/MODEL.json``): accuracies in %, as text.
 
-``autoattack_acc`` stands only where AutoAttack's own code ran under its exact name; the lowest of the other protocols is ``reported``, and
-``footnote`` says which, with n, standard error and verdict. ``unreliable`` is true unless every verdict is reliable.
+``reported`` is the lowest accuracy that this project measured, ``autoattack_acc`` stands only where AutoAttack's own code ran under its
+exact name, ``external`` is the lowest of attacks from outside. ``footnote`` has every protocol with n, standard error and verdict.
+``unreliable`` is true unless every verdict is reliable. ``link``, ``authors`` and ``venue`` are left empty, for whoever publishes.
 
 Reference:
     Croce et al., arXiv 2010.09670 (RobustBench).
@@ -24,7 +25,7 @@ AUTOATTACK = "autoattack_standard"
 
 
 def entry(label: str, found: Sequence[Card]) -> dict[str, Any]:
-    """One model on one data set at one radius, from the cards of all protocols; lowered ones show their lower number."""
+    """One model on one data set at one radius, from the cards of all protocols."""
     first, lowest = found[0], min(found, key=lambda card: float(card["robust_accuracy"]))
     told: dict[str, Any] = {
         "link": "", "name": f"{first['model']['name']}, {first['model']['method']}", "authors": "", "additional_data": True,
@@ -34,7 +35,7 @@ def entry(label: str, found: Sequence[Card]) -> dict[str, Any]:
     }  # fmt: skip
     for card in found:
         if card["protocol"] == {"name": AUTOATTACK, "fidelity": "exact"}:
-            told["autoattack_acc"] = _text(card["per_attack"][card["attacks"][-1]["name"]])
+            told["autoattack_acc"] = _text(card["robust_accuracy"])
     if lowered := [card["external"] for card in found if card["external"]]:
         told["external"] = _text(min(one["robust_accuracy"] for one in lowered))
     figures = [f"{printed(card['protocol'])} {percent(card['robust_accuracy'], card['standard_error']['robust'])} % "

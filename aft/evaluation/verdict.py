@@ -20,6 +20,9 @@ CHEAP_IMAGES, FEWEST_IMAGES = 16, 4
 #: Doubts that need no radius: all that can be asked of a clean figure.
 WITHOUT_ATTACK = ("E5", "E6", "E7", "E8", "E27", "E28")
 
+#: The doubt that needs other models.
+NEEDS_SIBLINGS = "E19"
+
 
 def with_verdict(card: Card, cell: Cell, verdicts: Verdicts, images: int = 0, siblings: Sequence[ZeroShotModel] = ()) -> Card:
     """The card with its verdict: ``suspect`` with the checks that failed, ``reliable`` where all were made, else ``unchecked``.
@@ -31,7 +34,7 @@ def with_verdict(card: Card, cell: Cell, verdicts: Verdicts, images: int = 0, si
         images: right ones, the first of their order, that the dear doubts look at; 0 makes the cheap ones alone.
         siblings: other models, from which images are carried over.
     """
-    asked = doubts_of(cell, images)
+    asked = doubts_of(cell, images, bool(siblings))
     case = case_of(cell, verdicts, images or CHEAP_IMAGES, siblings if images else ())
     if case is None:
         return {**card, "metrics": {**card["metrics"], "checks": {"images": 0, "made": [], "failed": {}}}}
@@ -44,11 +47,12 @@ def with_verdict(card: Card, cell: Cell, verdicts: Verdicts, images: int = 0, si
     return {**card, "verdict": {"status": status, "failed_checks": failed}, "metrics": {**card["metrics"], "checks": checks}}
 
 
-def doubts_of(cell: Cell, images: int) -> dict[str, Doubt]:
-    """Those that are made for a cell."""
+def doubts_of(cell: Cell, images: int, siblings: bool = False) -> dict[str, Doubt]:
+    """Those that are made for a cell; the one that carries images over only where there are other models."""
     if not cell.protocol.eps:
         return {name: CHEAP[name] for name in WITHOUT_ATTACK}
-    return CHEAP | DEAR if images else CHEAP
+    dear = {name: doubt for name, doubt in DEAR.items() if siblings or name != NEEDS_SIBLINGS}
+    return CHEAP | dear if images else CHEAP
 
 
 def case_of(cell: Cell, verdicts: Verdicts, images: int, siblings: Sequence[ZeroShotModel] = ()) -> Case | None:

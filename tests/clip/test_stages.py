@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from aft.attacks import sample_keys
-from aft.attacks.noise import normal
+from aft.attacks.noise import normal, uniform
 from aft.clip.model import Encoding
-from aft.clip.stages import USES_A_DRAW, Draw, Gate, Stage, Stages, draws_for, encode_in_stages
+from aft.clip.stages import PURPOSES, USES_A_DRAW, Draw, Gate, Stage, Stages, draws_for, encode_in_stages
 from aft.errors import ConfigError, InputError
 
 KEYS = sample_keys(0, 0, torch.arange(4))
@@ -122,10 +122,12 @@ def test_a_random_stage_needs_a_draw_and_is_a_function_of_it(tower, images):
 
 
 def test_draws_of_different_purposes_never_meet():
-    """The last number of one purpose is below the first of the next; a draw's uses stay its own."""
+    """The last number of one purpose is below the first of the next; a draw's uses stay its own; an attack's start is none of them."""
+    start = uniform(KEYS, 0, (8,))
+    assert all(not torch.equal(start, uniform(KEYS, draws_for(purpose, KEYS)[0].count(), (8,))) for purpose in PURPOSES)
     scoring, selection, attack = (draws_for(purpose, KEYS)[0] for purpose in ("scoring", "selection", "attack"))
     assert scoring.count(USES_A_DRAW - 1) < Draw(KEYS, scoring.number + 1).count() <= selection.count() < attack.count()
-    last = draws_for("scoring", KEYS, first=selection.number - 1)[0]
+    last = draws_for("scoring", KEYS, first=selection.number - scoring.number - 1)[0]
     assert last.count(USES_A_DRAW - 1) < selection.count()
 
 

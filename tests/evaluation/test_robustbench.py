@@ -56,9 +56,9 @@ def test_an_attack_from_outside_lowers_what_is_shown(found, tmp_path):
     shown, stream = lowered(read), io.StringIO()
     report.show([("tiny", shown)], stream, width=120)
     assert "5.0 ±3.4*" in stream.getvalue() and "* lowered by an attack from outside: Doe et al., transfer" in stream.getvalue()
-    autoattack = {**shown, "protocol": {"name": "autoattack_standard", "fidelity": "exact"}}
+    autoattack = {**read, "protocol": {"name": "autoattack_standard", "fidelity": "exact"}}
     given = entry("tiny", [autoattack])
-    assert given["external"] == "5.00" and given["autoattack_acc"] == f"{100 * found[2][1]['robust_accuracy']:.2f}"
+    assert given["external"] == "5.00" and given["reported"] == given["autoattack_acc"] == f"{100 * found[2][1]['robust_accuracy']:.2f}"
     assert lowered(found[2][1]) is found[2][1]
 
 

@@ -67,3 +67,10 @@ def test_too_few_right_images_stay_unchecked(model, data, tmp_path: Path) -> Non
         said = model(data.images, model.text_bank(data.class_names, data.templates)).argmax(1)
     card = evaluate(cell_of(model, dataclasses.replace(data, labels_N=(said + 1) % 5)), tmp_path, checks=8)
     assert card["clean_accuracy"] < 0.1 and card["verdict"]["status"] == "unchecked"
+
+
+def test_images_are_carried_over_only_where_there_are_other_models(model, data) -> None:
+    """A check that was not made is not named as made."""
+    cell = Cell(model, data, plan("pgd", eps="2/255", steps=2, targets=1, classes=len(data.class_names)))
+    alone, beside = verdicts.doubts_of(cell, 8), verdicts.doubts_of(cell, 8, siblings=True)
+    assert set(beside) - set(alone) == {"E19"} and not set(alone) - set(beside)
