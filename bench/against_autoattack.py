@@ -44,18 +44,17 @@ def stock(model: ZeroShotModel, data: EvaluationSet, eps: float) -> Tensor:
     module = package("autoattack")
     batch = data.batch(range(len(data)))
     assert batch.labels is not None
-    runner = module.AutoAttack(lambda x: model(x, text_KD), norm="Linf", eps=eps, version="custom", attacks_to_run=list(THREE),
-                               device="cpu", verbose=False, seed=0)  # fmt: skip
+    runner = module.AutoAttack(lambda x: model(x, text_KD), norm="Linf", eps=eps, version="custom", attacks=list(THREE), seed=0)
     runner.apgd.n_restarts = runner.fab.n_restarts = runner.apgd_targeted.n_restarts = 1  # as its version "standard" sets them
     runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = TARGETS
-    shown = runner.run_standard_evaluation(batch.images, batch.labels, bs=100)
+    shown, _ = runner.run_standard_evaluation(batch.images, batch.labels, batch_size=100)
     right = (model(shown, text_KD).argmax(1) == batch.labels).detach()
     windowed = round(WINDOWED / IMAGES * len(data)) if len(data) > ALONE else len(data)
     runner.attacks_to_run = ["square"]
     runner.square.n_queries = QUERIES
     rows = right[:windowed].nonzero().flatten()
     if len(rows):
-        shown = runner.run_standard_evaluation(batch.images[rows], batch.labels[rows], bs=100)
+        shown, _ = runner.run_standard_evaluation(batch.images[rows], batch.labels[rows], batch_size=100)
         right[rows] = (model(shown, text_KD).argmax(1) == batch.labels[rows]).detach()
     return right
 

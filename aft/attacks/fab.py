@@ -27,7 +27,7 @@ class FABTargeted(Attack):
     ``d1`` and ``d2`` are the shortest ways in the box from ``x`` and from the clean image ``x0`` to it (:func:`shortest_way`);
     ``x <- clip((1 - a) (x + 1.05 d1) + a (x0 + 1.05 d2))`` with ``a = min(|d1| / (|d1| + |d2|), 0.1)``. A broken point beyond ``eps`` goes
     back to ``x0 + 0.9 (x - x0)``. A sample ends once it is broken within ``eps``; of the others the nearest broken point is cut to the ball
-    and judged. Takes one forward pass for the clean logits and, for each target, one a step, and one more a step that went back.
+    and judged. Takes one forward pass for the clean logits and, for each target, two a step (one with a gradient), and one at the end.
 
     Args:
         eps: radius in units of the pixel range, such as ``4/255``.
@@ -79,16 +79,13 @@ class FABTargeted(Attack):
                 return
             seen, gradient_nCHW = value_and_gradient(objective, walk.point_nCHW, walk.rows_n)
             self._note(walk, seen, record)
-            keep_n = ~record.broken_B[walk.rows_n]
-            far_n = (seen.broken_n & keep_n) if seen.broken_n is not None else torch.zeros_like(keep_n)
-            loss_n = seen.loss_n
-            if bool(far_n.any()):
-                walk.point_nCHW = torch.where(per_image(far_n), walk.clean_nCHW.lerp(walk.point_nCHW, KEPT), walk.point_nCHW)
-                back, back_gradient_nCHW = value_and_gradient(objective, walk.point_nCHW[far_n], walk.rows_n[far_n])
-                loss_n = loss_n.masked_scatter(far_n, back.loss_n.to(loss_n))
-                gradient_nCHW = gradient_nCHW.masked_scatter(per_image(far_n), back_gradient_nCHW)
-            walk.point_nCHW = self._step(walk, loss_n, gradient_nCHW)
-            walk = walk.only(keep_n)
+            walk.point_nCHW = self._step(walk, seen.loss_n, gradient_nCHW)
+            ahead = value(objective, walk.point_nCHW, walk.rows_n)
+            self._note(walk, ahead, record)
+            if ahead.broken_n is not None:
+                back_nCHW = walk.clean_nCHW.lerp(walk.point_nCHW, KEPT)
+                walk.point_nCHW = torch.where(per_image(ahead.broken_n), back_nCHW, walk.point_nCHW)
+            walk = walk.only(~record.broken_B[walk.rows_n])
         self._finish(objective, walk, record)
 
     def _note(self, walk: "_Walk", seen: Evaluation, record: Record) -> None:

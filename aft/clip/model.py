@@ -19,7 +19,7 @@ from aft.clip.prompts import fill_templates, text_hash
 from aft.clip.stages import Stages
 from aft.clip.text_transform import TextTransform
 from aft.clip.towers import encode_with_tokens
-from aft.errors import ConfigError
+from aft.errors import ConfigError, InputError
 
 TEXTS_AT_ONCE = 512
 BANKS_KEPT = 16
@@ -183,10 +183,16 @@ class ZeroShotModel(nn.Module):
 
         Raises:
             ConfigError: tokens are asked of a tower that has none.
+            InputError: the tower returns anything but one vector an image.
         """
         if tokens:
             return Encoding(*encode_with_tokens(self.visual, self.pixels(images_BCHW)))
-        return Encoding(self.visual(self.pixels(images_BCHW)))
+        embedding_BD = self.visual(self.pixels(images_BCHW))
+        if not isinstance(embedding_BD, Tensor) or embedding_BD.ndim != 2 or len(embedding_BD) != len(images_BCHW):
+            got = tuple(embedding_BD.shape) if isinstance(embedding_BD, Tensor) else type(embedding_BD).__name__
+            raise InputError(f"the image tower of {self.record.name} returns {got} for {len(images_BCHW)} images: it must give one vector "
+                             "an image, [n, D]; let it pool its tokens.")  # fmt: skip
+        return Encoding(embedding_BD)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Unit embeddings of texts, ``[n, D]``; with gradient where the text tower is trained."""

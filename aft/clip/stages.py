@@ -8,6 +8,7 @@ Shapes: n images, C channels, H height, W width, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -175,12 +176,12 @@ def _through(stage: Stage | None, value: Tensor, images_nCHW: Tensor, beside: tu
     """One stage where its gate is open."""
     if stage is None:
         return value
-    given = value.detach() if identity else value
-    changed = stage.run(given, *(one.detach() if identity and isinstance(one, Tensor) else one for one in beside))
-    if stage.gate is not None:
-        open_n = stage.gate(images_nCHW, beside[-1]).open_n
-        changed = torch.where(open_n.view(-1, *[1] * (value.ndim - 1)), changed, given)
-    return _IdentityBackward.apply(value, changed.detach()) if identity else changed
+    with torch.no_grad() if identity else nullcontext():
+        changed = stage.run(value, *beside)
+        if stage.gate is not None:
+            open_n = stage.gate(images_nCHW, beside[-1]).open_n
+            changed = torch.where(open_n.view(-1, *[1] * (value.ndim - 1)), changed, value)
+    return _IdentityBackward.apply(value, changed) if identity else changed
 
 
 class _IdentityBackward(torch.autograd.Function):

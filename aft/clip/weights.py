@@ -113,7 +113,7 @@ def _load(spec: ModelSpec) -> ZeroShotModel:
     contents = {} if path is None else read_file(path)
     layout = None if path is None or CHECKPOINT_KEY in contents else detect(contents, str(path))
     if layout is not None and path is not None and layout.scope == "visual":
-        return _over_base(path, layout, spec)
+        return _tower(path, layout, spec)
     if spec.base is not None:
         raise WeightsError(
             f"base = {spec.base!r} is for weights of an image tower alone; {spec.pretrained or spec.name} has a text side: leave base out."
@@ -122,7 +122,9 @@ def _load(spec: ModelSpec) -> ZeroShotModel:
         return _random(spec) if spec.pretrained == "random" else _from_tag(spec)
     if layout is None:
         return _from_checkpoint(path, contents, spec)
-    return _enlarged(path, layout, spec) if spec.name in ENLARGED and spec.pretrained is None else _whole(path, layout, spec)
+    if spec.name in ENLARGED and spec.pretrained is None:
+        return _larger(_whole(path, layout, replace(spec, name=ENLARGED[spec.name][0], image_size=None)), spec.name)
+    return _whole(path, layout, spec)
 
 
 def _adjusted(model: ZeroShotModel, spec: ModelSpec) -> ZeroShotModel:
@@ -168,6 +170,14 @@ def _whole(path: Path, layout: Layout, spec: ModelSpec) -> ZeroShotModel:
     """Both towers from one file."""
     name, architecture = _described(spec)
     return _filled(path, layout, name, architecture, spec, {})
+
+
+def _tower(path: Path, layout: Layout, spec: ModelSpec) -> ZeroShotModel:
+    """An image tower over a base; one of an embedded model is enlarged where the larger model is asked for."""
+    source, _ = ENLARGED.get(spec.name, (None, 1))
+    if source is None or sizes_of_state(layout.state).get(INPUT) != sizes_of_config(describe(source, None).config)[INPUT]:
+        return _over_base(path, layout, spec)
+    return _larger(_over_base(path, layout, replace(spec, name=source, image_size=None)), spec.name)
 
 
 def _over_base(path: Path, layout: Layout, spec: ModelSpec) -> ZeroShotModel:
@@ -221,13 +231,11 @@ def _own_names(clip: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor
     return {key if key.startswith(("visual.", "logit_")) else f"text.{key}": value for key, value in state.items()}
 
 
-def _enlarged(path: Path, layout: Layout, spec: ModelSpec) -> ZeroShotModel:
-    """An embedded model for larger images, from the weights of the one that it enlarges."""
-    source, factor = ENLARGED[spec.name]
-    small = _whole(path, layout, replace(spec, name=source, image_size=None))
-    larger = describe(spec.name, None)
-    record = replace(small.record, name=spec.name, config=larger.config, resolution=larger.config["vision_cfg"]["image_size"])
-    return ZeroShotModel(enlarge(small.clip, factor), small.tokenizer, record)
+def _larger(small: ZeroShotModel, name: str) -> ZeroShotModel:
+    """An embedded model for larger images, from the one that it enlarges."""
+    config = describe(name, None).config
+    record = replace(small.record, name=name, config=config, resolution=config["vision_cfg"]["image_size"])
+    return ZeroShotModel(enlarge(small.clip, ENLARGED[name][1]), small.tokenizer, record)
 
 
 def _from_checkpoint(path: Path, contents: Mapping[str, Any], spec: ModelSpec) -> ZeroShotModel:

@@ -35,6 +35,7 @@ class Case:
         seed: of their noise.
         siblings: logits of other models over the same classes, from which images may be carried over.
         robust_n: who withstood the attacks of the figure that is doubted, bool ``[n]``; none: not known.
+        undefended: logits of the same weights without any defence; none where there is no defence.
     """
 
     logits: Callable[[Tensor], Tensor]
@@ -47,6 +48,7 @@ class Case:
     seed: int = 0
     siblings: Sequence[Callable[[Tensor], Tensor]] = ()
     robust_n: Tensor | None = None
+    undefended: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def keys_n(self) -> Tensor:

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from aft.attacks import APGD, FGSM, PGD, Square
+from aft.attacks import APGD, FGSM, PGD, APGDTargeted, Square
+from aft.attacks.objectives import CLASSES_NEEDED
 from aft.evaluation.case import TRACED, Case
 
 #: A doubt: what is wrong, in words, or nothing.
@@ -200,11 +202,37 @@ def random_noise(case: Case) -> str | None:
     return None
 
 
-def own_gradients(case: Case) -> str | None:
-    """E25: the forward pass takes no gradients of its own."""
+def own_optimisation(case: Case) -> str | None:
+    """E25: the forward pass takes no gradients of its own, nor over a tenth more operations than the undefended model's."""
     with counted_gradients() as calls, torch.enable_grad():
         case.logits(case.images_nCHW[:2])
-    return f"the forward pass takes {len(calls)} gradients of its own: an adaptive attack must see through it" if calls else None
+    if calls:
+        return f"the forward pass takes {len(calls)} gradients of its own: an adaptive attack must see through it"
+    if case.undefended is None:
+        return None
+    ratio = operations(case.logits, case.images_nCHW[:2]) / max(1, operations(case.undefended, case.images_nCHW[:2]))
+    return f"the forward pass costs {ratio:.2g} undefended ones: an adaptive attack must see through what it does" if ratio > 1.1 else None
+
+
+def operations(logits: Callable[[Tensor], Tensor], images_nCHW: Tensor) -> int:
+    """Floating-point operations of one call, as torch counts them (matrix products, convolutions and attention)."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        logits(images_nCHW)
+    return int(counter.get_total_flops())
+
+
+def each_loss(case: Case) -> dict[str, float]:
+    """E24: the share of the images that APGD leaves right by each loss alone, and by all of them (``union``).
+
+    Cross-entropy; DLR from three classes on; targeted DLR from four. It judges nothing: gradients that one loss hides show in the others.
+    """
+    if case.ce_gradient is None:
+        return {}
+    untargeted = APGD(eps=case.eps, norm=case.norm, steps=case.steps)
+    left = {loss: case.run(untargeted, loss) for loss in ("ce", "dlr") if case.classes >= CLASSES_NEEDED[loss]}
+    if case.classes >= CLASSES_NEEDED["dlr_targeted"]:
+        left["dlr_targeted"] = case.run(APGDTargeted(eps=case.eps, norm=case.norm, steps=case.steps, targets=min(3, case.classes - 1)))
+    return {**{loss: _share(left_n) for loss, left_n in left.items()}, "union": _share(torch.stack(list(left.values())).all(0))}
 
 
 def order_of_classes(case: Case) -> str | None:
@@ -269,7 +297,7 @@ def eight_bits(case: Case) -> str | None:
 #: Nearly free: on a few images, always.
 CHEAP: dict[str, Doubt] = {
     "E5": probabilities, "E6": randomness, "E7": training_mode, "E8": neighbours, "E9": no_gradient, "E10": zero_gradient,
-    "E25": own_gradients, "E27": order_of_classes, "E28": another_function, "E29": wrong_slope,
+    "E25": own_optimisation, "E27": order_of_classes, "E28": another_function, "E29": wrong_slope,
 }  # fmt: skip
 #: Attacks of their own: on a subset, when asked for.
 DEAR: dict[str, Doubt] = {

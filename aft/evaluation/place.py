@@ -40,14 +40,16 @@ class Place:
 
 
 def torch_device(name: str) -> torch.device:
-    """The device of that name.
+    """The device of that name; of several GPUs the one that the launcher gave this process (``LOCAL_RANK``).
 
     Raises:
         RunError: CUDA is asked for where torch sees none.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise RunError("device = cuda, but torch sees no CUDA device: use cpu or auto, or install a CUDA build of torch.")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
 def use_threads(count: int | None) -> None:

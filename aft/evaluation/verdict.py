@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,9 @@ from torch import Tensor
 from aft.cards import Card, Verdicts
 from aft.clip.model import ZeroShotModel
 from aft.evaluation.case import Case
-from aft.evaluation.doubts import CHEAP, DEAR, Doubt, doubted
+from aft.evaluation.doubts import CHEAP, DEAR, Doubt, doubted, each_loss
 from aft.evaluation.judge import Cell, scoring
+from aft.evaluation.protocols import EOT
 
 #: Images that the cheap doubts look at, and the fewest that any do.
 CHEAP_IMAGES, FEWEST_IMAGES = 16, 4
@@ -40,11 +41,23 @@ def with_verdict(card: Card, cell: Cell, verdicts: Verdicts, images: int = 0, si
         return {**card, "metrics": {**card["metrics"], "checks": {"images": 0, "made": [], "failed": {}}}}
     with scoring(cell.model):
         found = doubted(case, asked)
-    before = [name for name in card["verdict"]["failed_checks"] if name not in asked]
+        losses = {"losses": each_loss(case)} if cell.protocol.eps and images else {}
+    made = list(asked)
+    if cell.protocol.eps:
+        made, found = [*made, "E32"], {**found, **wrong_plan(cell, found)}
+    before = [name for name in card["verdict"]["failed_checks"] if name not in made]
     failed, whole = [*before, *found], not cell.protocol.eps or images > 0
-    checks: dict[str, Any] = {"images": len(case.labels_n), "made": list(asked), "failed": found}
+    checks: dict[str, Any] = {"images": len(case.labels_n), "made": made, "failed": found, **losses}
     status = "suspect" if failed else "reliable" if whole else "unchecked"
     return {**card, "verdict": {"status": status, "failed_checks": failed}, "metrics": {**card["metrics"], "checks": checks}}
+
+
+def wrong_plan(cell: Cell, found: Mapping[str, str]) -> dict[str, str]:
+    """E32: a model whose forwards differ (E6) is attacked over the mean of 20 draws, else its attack aims at one draw alone."""
+    most = max(planned.attack.describe().get("eot", 1) for planned in cell.protocol.attacks)
+    if "E6" not in found or most >= EOT:
+        return {}
+    return {"E32": f"a random model was attacked by the mean of {most} of its draws: take {EOT}, as autoattack_rand does"}
 
 
 def doubts_of(cell: Cell, images: int, siblings: bool = False) -> dict[str, Doubt]:
@@ -75,5 +88,5 @@ def case_of(cell: Cell, verdicts: Verdicts, images: int, siblings: Sequence[Zero
         lambda x_nCHW: task.forward(model, x_nCHW, context), cell.in_space(batch.images.to(device)), batch.labels.to(device),
         cell.protocol.eps or 0.0, cell.protocol.norm or "linf", modules=[model], seed=cell.seed,
         siblings=[logits_of(other.to(device).eval()) for other in siblings],
-        robust_n=torch.from_numpy(robust).to(device),
+        robust_n=torch.from_numpy(robust).to(device), undefended=logits_of(model.undefended) if model.stages.declared else None,
     )  # fmt: skip

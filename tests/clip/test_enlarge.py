@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aft.clip import ModelSpec, ZeroShotModel, load_model, weights
 from aft.clip.enlarge import REACH, enlarge, enlarge_kernel, enlarging_matrix
+from aft.clip.pack import pack_tower
 from aft.errors import ConfigError, WeightsError
 from datamodules.sample import Sample
 
@@ -111,3 +112,16 @@ def test_the_given_model_stays_as_it_is(model: ZeroShotModel) -> None:
         enlarge(model.clip, 1)
     with pytest.raises(WeightsError, match="needs a ViT"), torch.device("meta"):
         enlarge(weights.build_clip(open_clip.get_model_config("RN50")), 2)
+
+
+def test_a_tower_of_the_small_model_serves_the_large_one(tmp_path) -> None:
+    """Fine-tuned at 32 px, asked for as miniclip64: as if the small model with that tower had been enlarged."""
+    small = load_model("miniclip32")
+    with torch.no_grad():
+        small.visual.proj.mul_(-1)
+    pack_tower(small, tmp_path / "tower.safetensors")
+    large, expected = load_model(ModelSpec("miniclip64", str(tmp_path / "tower.safetensors"))), enlarge(small.clip, 2)
+    assert (large.record.name, large.record.resolution) == ("miniclip64", 64)
+    images = enlarged(smooth(4), 2)
+    with torch.no_grad():
+        torch.testing.assert_close(large.encode(images).embedding_BD, expected.visual(large.pixels(images)), rtol=2e-3, atol=2e-3)

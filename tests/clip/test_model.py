@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from aft.clip import Encoding, ZeroShotModel
 from aft.clip.towers import encode_with_tokens, has_tokens
-from aft.errors import ConfigError
+from aft.errors import ConfigError, InputError
 from tests.conftest import Calls
 
 NAMES, TEMPLATES = ("cat", "dog", "ship"), ("a {}", "the {}.")
@@ -109,3 +109,21 @@ def test_a_text_tower_that_learns_keeps_no_bank(model: ZeroShotModel) -> None:
     first = model.text_bank(NAMES, TEMPLATES)
     model.clip.text_projection.data.add_(0.1)
     assert not torch.equal(model.text_bank(NAMES, TEMPLATES), first)
+
+
+@pytest.mark.parametrize("answer, words", [
+    (lambda x: torch.zeros(len(x), 4, 32), r"\(2, 4, 32\) for 2 images"), (lambda x: torch.zeros(32), r"\(32,\)"),
+    (lambda x: torch.zeros(1, 32), r"\(1, 32\) for 2"), (lambda x: (x, x), "returns tuple"),
+])  # fmt: skip
+def test_a_foreign_tower_must_give_one_vector_an_image(model: ZeroShotModel, answer, words: str) -> None:
+    """Tokens, one vector for all, or several outputs are named."""
+    class Foreign(torch.nn.Module):
+        """Some other tower."""
+
+        def forward(self, x):
+            """Its answer."""
+            return answer(x)
+
+    model.clip.visual = Foreign()
+    with pytest.raises(InputError, match=words):
+        model.encode(torch.rand(2, 3, 32, 32))

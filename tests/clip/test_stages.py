@@ -90,6 +90,25 @@ def test_bpda_keeps_the_forward_and_makes_the_backward_the_identity(tower, image
     assert torch.equal(torch.autograd.grad(passed.sum(), images)[0], expected)
 
 
+def test_bpda_keeps_no_graph_of_what_it_replaces(tower, images):
+    """The stage's own activations would be held for nothing; a stage that takes gradients says so, and its result still has none."""
+    seen = []
+
+    def climb(x, draw):
+        """One step uphill, by a gradient of its own."""
+        seen.append(torch.is_grad_enabled())
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            return leaf + torch.autograd.grad(tower.encode(leaf).embedding_BD.sum(), leaf)[0]
+
+    images.requires_grad_(True)
+    defended = Defended(Stages(Stage(climb)), tower)
+    passed = encode_in_stages(defended, images, bpda=["pixels"]).embedding_BD
+    encode_in_stages(defended, images)
+    expected = torch.autograd.grad(tower.encode(images).embedding_BD.sum(), images)[0]
+    assert seen == [False, True] and torch.equal(torch.autograd.grad(passed.sum(), images)[0], expected)
+
+
 def test_bpda_of_the_embedding_hides_the_images_that_stand_beside(tower, images):
     """The identity in z alone: no second way from the images into the loss."""
     defended = Defended(Stages(embedding=Stage(lambda z, x, draw: z.sign() * x.sum())), tower)

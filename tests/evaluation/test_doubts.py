@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from aft.attacks import PGD
 from aft.evaluation.case import Case
-from aft.evaluation.doubts import CHEAP, DEAR, doubted
+from aft.evaluation.doubts import CHEAP, DEAR, doubted, each_loss, operations
 from tests.gratings import gratings, trained
 
 EPS = 6 / 255
@@ -100,11 +100,22 @@ def optimises(network: nn.Module) -> Callable[[Tensor], Tensor]:
     return look
 
 
+def searches(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Looks for a neighbour that it is surer of, without any gradient."""
+    def look(x: Tensor) -> Tensor:
+        """The surest of three."""
+        looks = torch.stack([network((x + shift).clamp(0, 1)) for shift in (0, 0.01, -0.01)])
+        return looks.gather(0, looks.logsumexp(2).argmax(0)[None, :, None].expand(1, *looks.shape[1:]))[0]
+
+    return look
+
+
 ZOO: dict[str, tuple[Wrap, str]] = {
     "huge temperature": (huge_temperature, "E11"), "quantised input": (quantised_input, "E10"), "stop-gradient": (stop_gradient, "E9"),
     "random resize": (random_resize, "E6"), "whole-batch statistics": (whole_batch_statistics, "E8"),
     "dropout left on": (dropout_left_on, "E6"), "labels leak": (labels_leak, "E21"),
     "gradient through fp16": (gradient_through_fp16, "E10"), "probabilities": (probabilities, "E5"), "optimises": (optimises, "E25"),
+    "searches": (searches, "E25"),
 }  # fmt: skip
 
 
@@ -113,7 +124,7 @@ def case_of(logits: Callable[[Tensor], Tensor], network: nn.Module) -> Case:
     images, labels = gratings(120, seed=3)
     with torch.no_grad():
         right = logits(images).argmax(1) == labels
-    return Case(logits, images[right], labels[right], EPS, modules=[network])
+    return Case(logits, images[right], labels[right], EPS, modules=[network], undefended=network)
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +170,17 @@ def test_a_part_in_training_mode_is_flagged(network: nn.Module) -> None:
         assert "E7" in doubted(case_of(network, network), CHEAP)
     finally:
         network.eval()
+
+
+def test_every_loss_is_reported_beside_their_union(network: nn.Module) -> None:
+    """E24: with a scale of 1e4 cross-entropy leaves more than DLR, which no scale touches; a model without gradients has no figures."""
+    sound, saturated = (each_loss(case_of(wrap, network)) for wrap in (network, huge_temperature(network)))
+    assert set(sound) == {"ce", "dlr", "dlr_targeted", "union"} and sound["union"] <= min(sound.values())
+    assert saturated["ce"] > saturated["union"] and abs(saturated["dlr"] - sound["dlr"]) < 0.1, (sound, saturated)
+    assert each_loss(case_of(stop_gradient(network), network)) == {}
+
+
+def test_operations_are_those_of_the_formula() -> None:
+    """Two a multiply-add: 2 n D K of a matrix product."""
+    layer = nn.Linear(12, 5)
+    assert operations(lambda x: layer(x.flatten(1)), torch.zeros(3, 3, 2, 2)) == 2 * 3 * 12 * 5

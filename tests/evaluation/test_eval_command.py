@@ -158,6 +158,18 @@ def test_cuda_is_refused_where_there_is_none(tmp_path, monkeypatch):
     assert command.torch_device("auto").type == "cpu"
 
 
+@pytest.mark.parametrize("local_rank, expected", [(None, "cuda:0"), ("1", "cuda:1"), ("5", "cuda:1")])
+def test_each_process_takes_the_gpu_that_the_launcher_gave_it(local_rank, expected, monkeypatch):
+    """More processes than GPUs share them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert str(command.torch_device("auto")) == str(command.torch_device("cuda")) == expected
+    assert str(command.torch_device("cpu")) == "cpu"
+
+
 def test_threads_are_set_on_request(tmp_path):
     """And left to torch otherwise."""
     before = torch.get_num_threads()

@@ -74,3 +74,18 @@ def test_images_are_carried_over_only_where_there_are_other_models(model, data) 
     cell = Cell(model, data, plan("pgd", eps="2/255", steps=2, targets=1, classes=len(data.class_names)))
     alone, beside = verdicts.doubts_of(cell, 8), verdicts.doubts_of(cell, 8, siblings=True)
     assert set(beside) - set(alone) == {"E19"} and not set(alone) - set(beside)
+
+
+def test_a_random_model_needs_the_mean_over_its_draws(model, data) -> None:
+    """E32 follows from E6, unless the attack takes 20 draws; a model that is not random needs none."""
+    once = cell_of(model, data)
+    often = Cell(model, data, plan("autoattack_rand", eps=0.02, steps=8, targets=3, classes=5))
+    assert "E32" in verdicts.wrong_plan(once, {"E6": "differs"}) and not verdicts.wrong_plan(often, {"E6": "differs"})
+    assert not verdicts.wrong_plan(once, {"E8": "differs"})
+
+
+def test_the_losses_of_a_figure_are_told_where_dear_checks_are_made(model, data, tmp_path: Path, dear: list[int]) -> None:
+    """E24 beside the verdict; the plan of a random model is looked at always."""
+    card = evaluate(cell_of(model, data), tmp_path, checks=8)
+    told = card["metrics"]["checks"]
+    assert set(told["losses"]) == {"ce", "dlr", "dlr_targeted", "union"} and "E32" in told["made"]
