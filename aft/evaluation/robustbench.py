@@ -2,7 +2,8 @@
 
 ``reported`` is the lowest accuracy that this project measured, ``autoattack_acc`` stands only where AutoAttack's own code ran under its
 exact name, ``external`` is the lowest of attacks from outside. ``footnote`` has every protocol with n, standard error and verdict.
-``unreliable`` is true unless every verdict is reliable. ``link``, ``authors`` and ``venue`` are left empty, for whoever publishes.
+``unreliable`` is true unless every verdict is reliable; ``additional_data`` is true, since a CLIP is pre-trained on other data.
+``link``, ``authors`` and ``venue`` are left empty, for whoever publishes.
 
 Reference:
     Croce et al., arXiv 2010.09670 (RobustBench).

@@ -71,6 +71,20 @@ def test_a_linear_model_breaks_just_beyond_its_margin_and_not_below(norm: str) -
         assert bool(found[1.06].broken_B) and not bool(found[0.98].broken_B)
 
 
+def test_fab_takes_one_gradient_a_step() -> None:
+    """With a radius that no step can reach: for each target ``steps`` passes with a gradient, as many without, and one at the end."""
+    network, images, labels = linear()
+    passes = {True: 0, False: 0}
+
+    def counting(x: torch.Tensor) -> torch.Tensor:
+        """Notes how many images come, and whether a gradient is asked for."""
+        passes[x.requires_grad] += len(x)
+        return network(x)
+
+    found = FABTargeted(eps=1e-9, steps=7, targets=3)(ClassificationObjective(counting, labels), images, sample_keys(0, 0, torch.arange(6)))
+    assert not found.broken_B.any() and passes == {True: 6 * 3 * 7, False: 6 * (1 + 3 * (7 + 1))}
+
+
 def test_fab_ends_a_sample_once_it_is_broken(classifier, batch, objective_of, watch) -> None:
     """The second target is shown the samples that the first has not broken."""
     images, labels, keys = batch
