@@ -3,8 +3,9 @@
 ``bench/methods_table.yaml`` has the recipe. Each method searches its rate on held-out training images, trains, and is measured on
 Tiny-ImageNet's validation images and zero-shot on CIFAR-10. Everything is resumable: what is there is not done again. Runs lie in
 ``runs/methods_table``; the chosen rates, the weights' sha256 and the cost of a step go to ``results/methods_table/runs.json``, the table
-to ``results/methods_table/README.md``. All methods are trained first. Rows whose weights belong in git are measured once they are there,
-so that a card's sha256 names a file that everybody has: commit them, and start again.
+to ``results/methods_table/README.md``, row after row. A row that stands there is not done again, also where its run is gone. Rows whose
+weights belong in git are measured once they are there, so that a card's sha256 names a file that everybody has: commit them, and start
+again.
 """
 
 from __future__ import annotations
@@ -149,14 +150,22 @@ def measure(recipe: dict[str, Any], label: str, weights: Path) -> None:
         (RESULTS / "cards" / label / path.name).write_bytes(path.read_bytes())
 
 
+def tower_of(label: str) -> Path:
+    """Where the packed image tower of a row lies whose weights belong in git."""
+    return Path("results", "weights", f"{COMMITTED[label]}.safetensors")
+
+
+def committed(label: str) -> Path | None:
+    """The row's tower where git has it: it is not trained again."""
+    return tower if label in COMMITTED and in_git(tower := tower_of(label)) else None
+
+
 def weights_of(label: str, checkpoint: Path) -> Path:
     """What is measured: a packed image tower where the row's weights belong in git, else the checkpoint itself."""
     if label not in COMMITTED:
         return checkpoint
-    tower = HERE / "results" / "weights" / f"{COMMITTED[label]}.safetensors"
-    if not tower.exists():
-        pack_tower(load_model(ModelSpec(pretrained=str(checkpoint))), tower)
-    return tower.relative_to(HERE)
+    pack_tower(load_model(ModelSpec(pretrained=str(checkpoint))), HERE / tower_of(label))
+    return tower_of(label)
 
 
 def in_git(path: Path) -> bool:
@@ -174,23 +183,42 @@ class Row:
     told: dict[str, Any]
 
 
+def stands(label: str, recipe: dict[str, Any]) -> bool:
+    """Whether the results hold this row whole: what is kept of its run, and a card of every cell."""
+    cells = len(DATA) * (1 + 2 * len(recipe["evaluate"]["eps"]))
+    return label in kept("runs.json") and len(list((RESULTS / "cards" / label).glob("*.json"))) == cells
+
+
 def trained(recipe: dict[str, Any], methods: list[Method]) -> Iterator[Row]:
-    """Every run, one after the other."""
+    """Every run that the results do not hold yet, one after the other."""
     for method in methods:
+        missing = {seed: f"{method.name}_seed{seed}" for seed in method.seeds if not stands(f"{method.name}_seed{seed}", recipe)}
+        if not missing:
+            continue
         rate, tried = search(recipe, method)
-        for seed in method.seeds:
-            label, folder = f"{method.name}_seed{seed}", RUNS / method.name / f"seed{seed}"
-            weights = weights_of(label, fit(recipe, method, folder, rate, recipe["train"]["steps"], seed))
+        for seed, label in missing.items():
+            folder = RUNS / method.name / f"seed{seed}"
+            there = committed(label)
+            weights = there or weights_of(label, fit(recipe, method, folder, rate, recipe["train"]["steps"], seed))
             sha256 = load_model(ModelSpec("miniclip32", str(weights))).record.sha256
             command = f"python -m bench.methods_table --only {method.name}"
             yield Row(label, weights, {"rate": rate, "search": tried, "sha256": sha256, "command": command})
 
 
+def kept(name: str) -> dict[str, Any]:
+    """What ``results/methods_table/NAME`` says; nothing where there is none."""
+    told: dict[str, Any] = json.loads(path.read_text()) if (path := RESULTS / name).exists() else {}
+    return told
+
+
 def keep(name: str, told: dict[str, Any]) -> None:
     """Adds to ``results/methods_table/NAME``."""
-    path = RESULTS / name
-    before = json.loads(path.read_text()) if path.exists() else {}
-    write_whole(path, (json.dumps({**before, **told}, indent=1) + "\n").encode())
+    write_whole(RESULTS / name, (json.dumps({**kept(name), **told}, indent=1) + "\n").encode())
+
+
+def write_page(recipe: dict[str, Any]) -> None:
+    """The table of what is there."""
+    write_whole(RESULTS / "README.md", methods_report.page(recipe, RESULTS).encode())
 
 
 def main() -> None:
@@ -203,19 +231,17 @@ def main() -> None:
     recipe = yaml.safe_load(RECIPE.read_text())
     methods = [Method.of(name, told) for name, told in recipe["methods"].items() if not given.only or name in given.only]
     if not given.show:
-        rows = []
         for row in trained(recipe, methods):
-            keep("runs.json", {row.label: row.told})
             print(f"{row.label}: rate {row.told['rate']:g}, trained", flush=True)
-            rows.append(row)
-        if missing := [str(row.weights) for row in rows if row.label in COMMITTED and not in_git(row.weights)]:
-            sys.exit(f"commit {' '.join(missing)}, then start again: what is measured should be in git.")
-        for row in rows:
+            if row.label in COMMITTED and not in_git(row.weights):
+                sys.exit(f"commit {row.weights}, then start again: what is measured should be in git.")
             measure(recipe, row.label, row.weights)
+            keep("runs.json", {row.label: row.told})
+            write_page(recipe)
             print(f"{row.label}: measured", flush=True)
     if given.cost:
         keep("cost.json", relative_costs(recipe, methods))
-    write_whole(RESULTS / "README.md", methods_report.page(recipe, RESULTS).encode())
+    write_page(recipe)
 
 
 if __name__ == "__main__":

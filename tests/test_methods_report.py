@@ -70,3 +70,14 @@ def test_no_table_without_tecoa(tmp_path: Path) -> None:
 def test_uncommitted_weights_are_not_in_git(tmp_path: Path) -> None:
     assert methods_table.in_git(Path("results/weights/tecoa_seed0.safetensors"))
     assert not methods_table.in_git(Path("results/weights/no_such.safetensors"))
+
+
+def test_a_row_that_stands_whole_is_not_done_again(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine may lose its runs: what the results hold is enough; a row with a card missing is done."""
+    recipe = {"evaluate": {"eps": ["2/255"]}, "train": {"steps": 1}}
+    monkeypatch.setattr(methods_table, "RESULTS", results)
+    assert not methods_table.stands("near_seed0", recipe)
+    for data in ("one", "two", "three"):
+        put(results / "cards" / "near_seed0", data, None, 0.5)
+    assert methods_table.stands("near_seed0", recipe)
+    assert not list(methods_table.trained(recipe, [methods_table.Method("near", "Near")]))
