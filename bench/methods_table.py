@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -98,7 +99,9 @@ def run(*arguments: str, log: Path) -> None:
         SystemExit: it failed; the end of the log is shown.
     """
     with log.open("a") as output:
-        done = subprocess.run([sys.executable, *arguments], cwd=HERE, stdout=output, stderr=subprocess.STDOUT)
+        # jsonargparse reads a file from inside its folder, where the empty entry of sys.path no longer names this one.
+        around = {**os.environ, "PYTHONPATH": str(HERE)}
+        done = subprocess.run([sys.executable, *arguments], cwd=HERE, env=around, stdout=output, stderr=subprocess.STDOUT)
     if done.returncode:
         sys.exit(f"{' '.join(arguments[:4])} ended with {done.returncode}:\n{log.read_text()[-2000:]}")
 
