@@ -23,7 +23,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule
 
-from aft.attacks.threat_model import Norm, pixel_fraction
+from aft.attacks.threat_model import Norm, pixel_fraction, radius_text
 from aft.batch import EvaluationSet
 from aft.cards import lowered, read, with_external, write, write_whole
 from aft.clip import ModelSpec, ZeroShotModel, load_model
@@ -157,7 +157,7 @@ class Measurement:
     def measure(self, label: str, cell: Cell, place: Place, command: str, others: list[ZeroShotModel]) -> list[Labelled]:
         """One cell: its card, or nothing while other processes still work on it."""
         name = f"{label}, {cell.data.name} {cell.data.label_space}, {cell.protocol.name}"
-        name += "" if cell.protocol.eps is None else f" {cell.protocol.eps * 255:.4g}/255"
+        name += "" if cell.protocol.eps is None else f" {radius_text(str(cell.protocol.norm), cell.protocol.eps)}"
         begin = time.perf_counter()
         card = evaluate(cell, self.out, label, batch_size=self.batch_size, place=place, keep_images=self.keep_images, command=command,
                         checks=self.checks, siblings=others, log=now_and_then(lambda text: print(f"  {text}", flush=True)))  # fmt: skip

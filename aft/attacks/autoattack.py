@@ -66,6 +66,8 @@ class StockAttack(Attack):
         need_at_least_one(steps=self.steps, targets=self.targets, eot=self.eot)
         if self.attack not in MODULES:
             raise ConfigError(unknown_name("attack of AutoAttack", str(self.attack), MODULES))
+        if self.norm == "l1":
+            raise ConfigError("norm = 'l1': AutoAttack has other settings there, which are not made here; use PGD and APGD for l1.")
 
     def describe(self) -> dict[str, Any]:
         """The settings as a plain dictionary, for result cards."""

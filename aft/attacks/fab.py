@@ -13,7 +13,7 @@ from aft.attacks.base import Adversarial, Attack, Objective, Targetable
 from aft.attacks.pgd import need_at_least_one
 from aft.attacks.search import Evaluation, Record, Walkers, per_image, value, value_and_gradient
 from aft.attacks.threat_model import Norm
-from aft.errors import InputError
+from aft.errors import ConfigError, InputError
 
 #: How far beyond the boundary a step goes; the largest weight of the clean image; how much of the way is kept once the image is broken.
 OVERSHOOT, LARGEST_PULL, KEPT = 1.05, 0.1, 0.9
@@ -36,7 +36,7 @@ class FABTargeted(Attack):
         targets: T, the most likely wrong classes of the clean image in turn.
 
     Raises:
-        ConfigError: a setting is out of range.
+        ConfigError: a setting is out of range, or another norm.
         InputError: too few classes, or an objective that cannot be aimed (see :class:`aft.attacks.base.Targetable`).
 
     Reference:
@@ -53,6 +53,8 @@ class FABTargeted(Attack):
     def __post_init__(self) -> None:
         object.__setattr__(self, "eps", self.threat.radius)
         need_at_least_one(steps=self.steps, targets=self.targets)
+        if self.norm == "l1":
+            raise ConfigError("norm = 'l1': FAB is here for linf and l2; use PGD and APGD for l1.")
 
     def describe(self) -> dict[str, Any]:
         """The settings as a plain dictionary, for result cards."""

@@ -19,16 +19,16 @@ from aft.errors import ConfigError
 class PGD(Attack):
     """Projected gradient descent: ``x <- P(x + a s(v))``, ``v <- m v + g / mean|g|``, from a random start.
 
-    ``g`` is the gradient of the loss by the image, ``s`` the steepest step of the norm (``sign``, or ``v / ||v||``), ``P`` the projection
-    on ball and box, ``a`` the step size and ``m`` the momentum. An image whose loss stops being finite goes back to its last good iterate
-    (at first, the clean image) and stays there.
+    ``g`` is the gradient of the loss by the image, ``s`` the norm's step (``sign``, ``v / ||v||``, for L1 a sparse sign), ``P`` the
+    projection on ball and box, ``a`` the step size and ``m`` the momentum. An image whose loss stops being finite goes back to its last
+    good iterate (at first, the clean image) and stays there.
 
     Args:
         eps: radius in units of the pixel range, such as ``4/255``.
         step_size: ``a`` in units of the pixel range, such as ``1/255``; give this or ``relative_step_size``.
         relative_step_size: ``a`` as a share of eps, such as 0.25.
         steps: gradient steps in a run.
-        norm: ``linf`` or ``l2``.
+        norm: ``linf``, ``l2`` or ``l1``.
         restarts: runs from different starts; more than one needs ``keep="best"`` and a random start.
         momentum: ``m``, 0 or more; 0 is plain PGD.
         random_start: start uniform in the ball; otherwise at the clean image.
@@ -157,7 +157,7 @@ class FGSM(Attack):
 
     Args:
         eps: radius in units of the pixel range, such as ``4/255``.
-        norm: ``linf`` (the sign), or ``l2`` (the fast gradient method).
+        norm: ``linf`` (the sign), ``l2`` (the fast gradient method), or ``l1`` (a sparse sign).
         random_start: start uniform in the ball; otherwise at the clean image.
         keep: ``last`` or ``best``, as in :class:`PGD`.
 

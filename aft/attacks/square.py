@@ -52,7 +52,7 @@ class Square(Attack):
         object.__setattr__(self, "eps", self.threat.radius)
         need_at_least_one(steps=self.steps)
         if self.norm != "linf":
-            raise ConfigError(f"norm = {self.norm!r}: the Square attack is here for linf; use APGD and FAB for l2.")
+            raise ConfigError(f"norm = {self.norm!r}: the Square attack is here for linf; use APGD for the others, and FAB for l2.")
         if not 0 < self.share <= 1:
             raise ConfigError(f"share = {self.share} is outside (0, 1]: it is the share of the image that the first windows cover.")
 

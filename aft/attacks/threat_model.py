@@ -3,7 +3,7 @@
 The ball and the box are kept to the last bit: for ``x' = project(...)`` and images of one dtype,
 
 - L-inf: ``|x' - x| <= eps`` exactly (as real numbers, hence also when the difference is rounded, and against eps rounded to the dtype);
-- L2: ``||x' - x|| <= eps``, the norm taken in float64 of the points as stored;
+- L2 and L1: ``||x' - x|| <= eps``, the norm taken in float64 of the points as stored;
 - ``0 <= x' <= 1`` exactly.
 
 Shapes: B images, C channels, H rows, W columns; n of them; d = C * H * W. eps and steps are in units of the pixel range [0, 1].
@@ -21,7 +21,9 @@ from torch import Tensor
 from aft.attacks import noise
 from aft.errors import ConfigError, unknown_name
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "l1"]
+#: The order of each norm, as ``torch.linalg.vector_norm`` takes it.
+ORDERS: dict[str, float] = {"linf": math.inf, "l2": 2, "l1": 1}
 Projection = Callable[[Tensor], Tensor]
 
 
@@ -51,6 +53,16 @@ def pixel_fraction(value: float | str, name: str = "eps") -> float:
     return number
 
 
+def radius_text(norm: str, eps: float) -> str:
+    """The radius as configurations write it, with the norm where it is not L-inf.
+
+    Example:
+        >>> radius_text("linf", 2 / 255), radius_text("l1", 12.0)
+        ('2/255', '12 l1')
+    """
+    return f"{eps * 255:.4g}/255" if norm == "linf" else f"{eps:.4g} {norm}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ThreatModel(ABC):
     """A ball of radius ``eps`` around each clean image, cut with the pixel box [0, 1].
@@ -73,9 +85,20 @@ class ThreatModel(ABC):
         """``eps`` as a number."""
         return pixel_fraction(self.eps)
 
+    @classmethod
     @abstractmethod
+    def largest(cls, values: int) -> float:
+        """The largest radius that means something for so many pixel values: beyond it the ball holds the whole box."""
+
     def check(self, x_BCHW: Tensor) -> None:
         """Raises :class:`ConfigError` where the radius makes no sense for images of this size."""
+        values = math.prod(x_BCHW.shape[1:])
+        largest = self.largest(values)
+        if self.radius > largest:
+            raise ConfigError(
+                f"eps = {self.eps} is outside [0, {largest:.4g}] for {self.norm.upper()} on {values} pixel values: it is in units of the "
+                f"pixel range, so for {self.radius:g} grey levels write {self.radius:g}/255."
+            )
 
     @abstractmethod
     def random_start(self, x_BCHW: Tensor, keys_B: Tensor, draw: int) -> Tensor:
@@ -114,8 +137,10 @@ class Linf(ThreatModel):
                 f"so for {self.radius:g} grey levels write {self.radius:g}/255."
             )
 
-    def check(self, x_BCHW: Tensor) -> None:
-        """Nothing: the limit, 1, holds for every size."""
+    @classmethod
+    def largest(cls, values: int) -> float:
+        """1, the side of the box."""
+        return 1.0
 
     def random_start(self, x_BCHW: Tensor, keys_B: Tensor, draw: int) -> Tensor:
         """``x + eps (2u - 1)`` with ``u`` uniform in [0, 1), projected."""
@@ -141,14 +166,10 @@ class L2(ThreatModel):
 
     norm = "l2"
 
-    def check(self, x_BCHW: Tensor) -> None:
-        """Raises :class:`ConfigError` for an ``eps`` beyond ``sqrt(d)``, the diagonal of the box."""
-        values = math.prod(x_BCHW.shape[1:])
-        if self.radius > math.sqrt(values):
-            raise ConfigError(
-                f"eps = {self.eps} is outside [0, {math.sqrt(values):.4g}] for L2 on {values} pixel values: it is in units of the "
-                f"pixel range, so for {self.radius:g} grey levels write {self.radius:g}/255."
-            )
+    @classmethod
+    def largest(cls, values: int) -> float:
+        """``sqrt(d)``, the diagonal of the box."""
+        return math.sqrt(values)
 
     def random_start(self, x_BCHW: Tensor, keys_B: Tensor, draw: int) -> Tensor:
         """``x + eps v`` with ``v`` uniform in the unit ball: the first ``d`` of ``d + 2`` coordinates of a point uniform on the sphere."""
@@ -179,17 +200,123 @@ class L2(ThreatModel):
         return project
 
 
+#: Of a gradient's entries, the largest ones that a step of PGD in L1 moves: as SLIDE does.
+SPARSE = 0.01
+
+
+class L1(ThreatModel):
+    """The pixel changes add up to at most ``eps``: ``sum |x' - x| <= eps``, with ``eps`` in (0, d].
+
+    The projection is the nearest point of the ball *and* the box at once: clamping to the box afterwards, as for L2, would waste the part
+    of the radius that lies outside the box, where most of a sparse step lies.
+
+    Reference:
+        Croce and Hein, arXiv 2103.01208 (projection on the intersection); Tramèr and Boneh, arXiv 1904.13000 (SLIDE: the sparse step; the
+        share of 1 % is from memory).
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[[[0.5, 0.5, 0.9]]]])
+        >>> L1(eps=0.3).project(torch.tensor([[[[0.8, 0.5, 1.9]]]]), x)
+        tensor([[[[0.7000, 0.5000, 1.0000]]]])
+    """
+
+    norm = "l1"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.radius == 0:
+            raise ConfigError(
+                f"eps = {self.eps} is no radius for L1: give the positive sum of all pixel changes, such as 12 for images of 32 x 32; "
+                "for the clean accuracy take the protocol clean."
+            )
+
+    @classmethod
+    def largest(cls, values: int) -> float:
+        """``d``, the way from one corner of the box to the opposite one."""
+        return float(values)
+
+    def random_start(self, x_BCHW: Tensor, keys_B: Tensor, draw: int) -> Tensor:
+        """``x + eps v`` with ``v`` uniform in the unit ball: ``d`` of ``d + 1`` exponential numbers over their sum, with random signs."""
+        values = x_BCHW[0].numel()
+        drawn_BE = noise.uniform(keys_B, draw, (2 * values + 1,)).double()
+        exponential_BE = -torch.log1p(-drawn_BE[:, : values + 1])
+        size_BP = exponential_BE[:, :-1] / exponential_BE.sum(1, keepdim=True).clamp_min(1e-30)
+        change_BP = torch.where(drawn_BE[:, values + 1 :] < 0.5, size_BP, -size_BP)
+        return self.project(x_BCHW + self.radius * change_BP.reshape(x_BCHW.shape).to(x_BCHW.dtype), x_BCHW)
+
+    def steepest_step(self, gradient_BCHW: Tensor) -> Tensor:
+        """Equal steps along the signs of the largest hundredth of the entries, one at least, that add up to 1.
+
+        The steepest step of all moves one entry alone; it reaches the edge of the box at once, and a walk of few steps then stays too
+        sparse.
+        """
+        return sparse_signs(gradient_BCHW, torch.full_like(gradient_BCHW[:, 0, 0, 0], SPARSE))
+
+    def around(self, x_BCHW: Tensor) -> Projection:
+        """The nearest point, in float64 with one part in a billion to spare, then rounded towards ``x``."""
+        clean_BP = x_BCHW.double().flatten(1)
+        radius = self.radius * (1 - 1e-9)
+
+        def project(adversarial_BCHW: Tensor) -> Tensor:
+            """Into the ball and the box."""
+            change_BP = adversarial_BCHW.double().flatten(1) - clean_BP
+            room_BP = torch.where(change_BP > 0, 1 - clean_BP, clean_BP)
+            fits_B = torch.minimum(change_BP.abs(), room_BP).sum(1) <= radius
+            size_BP = nearest_sizes(change_BP.abs(), room_BP, radius)
+            shift_BCHW = _towards_zero(size_BP, x_BCHW.dtype).copysign(change_BP.to(x_BCHW.dtype)).reshape(x_BCHW.shape)
+            moved_BCHW = torch.where(fits_B[:, None, None, None], adversarial_BCHW, _shifted(x_BCHW, shift_BCHW))
+            return moved_BCHW.clamp_(0, 1)
+
+        return project
+
+
+def sparse_signs(gradient_BCHW: Tensor, share_B: Tensor) -> Tensor:
+    """The signs of each image's largest entries, divided by their number, and zero elsewhere: a step of length 1 in L1.
+
+    Args:
+        gradient_BCHW: entries that are zero have no sign.
+        share_B: of the entries, how many; one at least.
+    """
+    size_BP = gradient_BCHW.abs().flatten(1)
+    count_B = (share_B * size_BP.shape[1]).ceil().long().clamp(1, size_BP.shape[1])
+    least_B1 = size_BP.sort(1, descending=True).values.gather(1, count_B[:, None] - 1)
+    signs_BP = torch.where(size_BP >= least_B1, gradient_BCHW.flatten(1).sign(), 0)
+    return (signs_BP / signs_BP.abs().sum(1, keepdim=True).clamp_min(1)).reshape(gradient_BCHW.shape)
+
+
+def nearest_sizes(size_BP: Tensor, room_BP: Tensor, radius: float) -> Tensor:
+    """The nearest point to ``size`` among those with ``0 <= s <= room`` and ``sum s <= radius``: ``s = clamp(size - t, 0, room)``.
+
+    ``t`` is 0 where that fits; else the sum, which is piecewise linear in ``t`` with corners at ``size`` and at ``size - room``, is solved
+    in the piece where it crosses the radius.
+
+    Args:
+        size_BP: 0 or more, float64.
+        room_BP: 0 or more.
+        radius: above 0.
+    """
+    corner_BQ, order_BQ = torch.cat([size_BP, size_BP - room_BP], 1).sort(1, descending=True)
+    slope_BQ = torch.where(order_BQ < size_BP.shape[1], 1.0, -1.0).to(size_BP).cumsum(1)  # of the sum below each corner, as t falls
+    rise_BQ = slope_BQ[:, :-1] * (corner_BQ[:, :-1] - corner_BQ[:, 1:])
+    sum_BQ = torch.nn.functional.pad(rise_BQ.cumsum(1), (1, 0))
+    after_B1 = torch.searchsorted(sum_BQ, torch.full_like(sum_BQ[:, :1], radius)).clamp(1, sum_BQ.shape[1] - 1)
+    missing_B1 = radius - sum_BQ.gather(1, after_B1 - 1)
+    threshold_B1 = corner_BQ.gather(1, after_B1 - 1) - missing_B1 / slope_BQ.gather(1, after_B1 - 1).clamp_min(1)
+    return torch.minimum((size_BP - threshold_B1.clamp_min(0)).clamp_min(0), room_BP)
+
+
 def threat_model(norm: str, eps: float | str) -> ThreatModel:
     """The threat model of that name.
 
     Args:
-        norm: ``"linf"`` or ``"l2"``.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         eps: radius in units of the pixel range.
 
     Raises:
         ConfigError: unknown norm, or an ``eps`` that it does not allow.
     """
-    models: dict[str, type[Linf] | type[L2]] = {"linf": Linf, "l2": L2}
+    models: dict[str, type[Linf | L2 | L1]] = {"linf": Linf, "l2": L2, "l1": L1}
     if norm not in models:
         raise ConfigError(unknown_name("norm", str(norm), models))
     return models[norm](eps=eps)
@@ -201,9 +328,16 @@ def _at_most(value: float, dtype: torch.dtype) -> float:
     return float(near if float(near) <= value else torch.nextafter(near, torch.zeros_like(near)))
 
 
-def _shifted(x: Tensor, shift: float) -> Tensor:
+def _towards_zero(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers of 0 or more, rounded down to ``dtype``."""
+    near = value.to(dtype)
+    return torch.where(near.to(value.dtype) > value, torch.nextafter(near, torch.zeros_like(near)), near)
+
+
+def _shifted(x: Tensor, shift: float | Tensor) -> Tensor:
     """``x + shift`` rounded towards ``x``: what the sum lost to rounding is known exactly, and decides whether to go one number back."""
     moved = x + shift
     came = moved - x
     lost = (x - (moved - came)) + (shift - came)
-    return torch.where(lost * shift < 0, torch.nextafter(moved, x), moved)
+    beyond = ((lost < 0) & (shift > 0)) | ((lost > 0) & (shift < 0))
+    return torch.where(beyond, torch.nextafter(moved, x), moved)

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from aft.attacks.threat_model import ORDERS
 from aft.batch import EvaluationSet
 from aft.cards import Verdicts
 
@@ -23,9 +25,9 @@ def inside(adversarial_nCHW: Tensor, clean_nCHW: Tensor, norm: str, eps: float) 
     """Whether each image is finite, in [0, 1] exactly, and within ``eps + 1e-6`` of its clean image, bool ``[n]``, in fp32."""
     adversarial, clean = adversarial_nCHW.float().flatten(1), clean_nCHW.float().flatten(1)
     change = adversarial - clean
-    length_n = change.abs().amax(1) if norm == "linf" else change.double().norm(dim=1)
+    length_n: Tensor = torch.linalg.vector_norm(change if norm == "linf" else change.double(), ord=ORDERS[norm], dim=1)
     in_box_n = (adversarial.amin(1) >= 0) & (adversarial.amax(1) <= 1)
-    return (length_n <= eps + SLACK) & in_box_n  # both are False for NaN
+    return in_box_n & (length_n <= eps + SLACK)  # both are False for NaN
 
 
 def in_the_ball(verdicts: Verdicts, data: EvaluationSet) -> bool:

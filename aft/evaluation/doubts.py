@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aft.attacks import APGD, FGSM, PGD, APGDTargeted, Square
 from aft.attacks.objectives import CLASSES_NEEDED
+from aft.attacks.threat_model import Norm, threat_model
 from aft.evaluation.case import TRACED, Case
 
 #: A doubt: what is wrong, in words, or nothing.
@@ -152,9 +153,7 @@ def one_step(case: Case) -> str | None:
 
 
 def black_box(case: Case) -> str | None:
-    """E18: Square finds nothing to speak of that gradients have not found."""
-    if case.norm != "linf":
-        return None
+    """E18: Square finds nothing to speak of that gradients have not found; L-inf."""
     square_n = case.run(Square(eps=case.eps, steps=BLACK_BOX_STEPS), "margin")
     return _more_found(case, square_n, "Square, without gradients,", 0.002)
 
@@ -169,7 +168,8 @@ def monotony(case: Case) -> str | None:
     """E20: a larger radius never leaves more images right."""
     if case.traced is None:
         return None
-    radii = [case.eps * factor for factor in LADDER if case.norm == "l2" or case.eps * factor <= 1]
+    largest = threat_model(case.norm, case.eps).largest(case.images_nCHW[0].numel())
+    radii = [case.eps * factor for factor in LADDER if case.eps * factor <= largest]
     left = [_share(case.run(case.pgd(eps=eps))) for eps in radii]
     worst = max((after - before for before, after in pairwise(left)), default=0.0)
     if worst > 0.005 and worst * len(case.labels_n) > FEWEST:
@@ -178,9 +178,7 @@ def monotony(case: Case) -> str | None:
 
 
 def unbounded(case: Case) -> str | None:
-    """E21: with the whole box to move in, the attack leaves at most one point."""
-    if case.norm != "linf":
-        return None
+    """E21: with the whole box to move in, the attack leaves at most one point; L-inf."""
     attack = PGD(eps=1.0, steps=50, relative_step_size=0.05, keep="best")
     left_n = case.run(attack) if case.traced is not None else torch.ones_like(case.labels_n, dtype=torch.bool)
     if _share(left_n) > 0.01 and left_n.sum() > FEWEST:
@@ -189,8 +187,8 @@ def unbounded(case: Case) -> str | None:
 
 
 def random_noise(case: Case) -> str | None:
-    """E22: the attack is stronger than the worst of ten random points by more than one point, for eps of 1/255 or more."""
-    if case.norm != "linf" or case.eps < 1 / 255 or case.traced is None:
+    """E22: the attack is stronger than the worst of ten random points by more than one point, for L-inf and eps of 1/255 or more."""
+    if case.eps < 1 / 255 or case.traced is None:
         return None
     noise_n = torch.ones_like(case.labels_n, dtype=torch.bool)
     start = case.pgd().threat.random_start
@@ -304,6 +302,15 @@ DEAR: dict[str, Doubt] = {
     "E11": saturation, "E12": no_climb, "E13": unfinished, "E14": silent_success, "E15": more_steps, "E16": more_restarts, "E17": one_step,
     "E18": black_box, "E19": transfer, "E20": monotony, "E21": unbounded, "E22": random_noise, "E23": adaptive_steps, "E31": eight_bits,
 }  # fmt: skip
+
+
+#: These have a meaning for L-inf alone.
+LINF_ALONE = {"E18", "E21", "E22"}
+
+
+def dear_of(norm: Norm) -> dict[str, Doubt]:
+    """The dear doubts that apply to a norm."""
+    return {name: doubt for name, doubt in DEAR.items() if norm == "linf" or name not in LINF_ALONE}
 
 
 def doubted(case: Case, doubts: dict[str, Doubt]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aft import cards
+from aft.attacks.threat_model import radius_text
 from aft.cards import Card
 from aft.errors import RunError
 from aft.evaluation.published import printed
@@ -90,9 +91,9 @@ def _draw_panel(axes: Axes, title: str, labelled: Sequence[Labelled]) -> None:
         axes.axhline(100 * chance, color="0.4", linewidth=1, linestyle=(0, (2, 2)))
         axes.annotate(f"chance {100 * chance:.1f} %", (0.01, 100 * chance), xycoords=("axes fraction", "data"), ha="left", va="bottom",
                       fontsize=8, color="0.3")
-    radii = sorted({0.0, *(255 * card["threat"]["eps"] for _, card in labelled)})
+    radii = sorted({0.0, *(_radius(card) for _, card in labelled)})
     axes.set_xticks(radii, [f"{radius:.3g}" for radius in radii])
-    axes.set(title=title, xlabel="eps, 1/255 of the pixel range", ylim=(0, 100))
+    axes.set(title=title, xlabel=f"eps, {_unit(labelled[0][1])}", ylim=(0, 100))
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, framealpha=0.85, handlelength=3.5)
@@ -106,7 +107,8 @@ def _draw_curve_panel(axes: Axes, title: str, labelled: Sequence[Labelled]) -> N
         cards_of_line = [card for _, card in of_line]
         x, y = ([100 * card[f"{kind}_accuracy"] for card in cards_of_line] for kind in ("clean", "robust"))
         x_error, y_error = ([100 * card["standard_error"][kind] for card in cards_of_line] for kind in ("clean", "robust"))
-        name = f"{protocol} {255 * eps:.3g}/255, n = {cards_of_line[0]['data']['n']:,} ({_verdict(cards_of_line)})"
+        radius = radius_text(cards_of_line[0]["threat"]["norm"], eps)
+        name = f"{protocol} {radius}, n = {cards_of_line[0]['data']['n']:,} ({_verdict(cards_of_line)})"
         axes.errorbar(x, y, xerr=x_error, yerr=y_error, capsize=2, linewidth=1.4, markersize=5, label=name,
                       color=COLOURS[place % len(COLOURS)], marker=MARKERS[place % len(MARKERS)])  # fmt: skip
         for (label, _), clean, robust in zip(of_line, x, y, strict=True):
@@ -118,6 +120,15 @@ def _draw_curve_panel(axes: Axes, title: str, labelled: Sequence[Labelled]) -> N
     axes.legend(fontsize=8, framealpha=0.85)
 
 
+def _unit(card: Card) -> str:
+    return "1/255 of the pixel range" if card["threat"]["norm"] == "linf" else "in units of the pixel range"
+
+
+def _radius(card: Card) -> float:
+    """In that unit."""
+    return float(card["threat"]["eps"]) * (255 if card["threat"]["norm"] == "linf" else 1)
+
+
 def _verdict(of_line: Sequence[Card]) -> str:
     """Each verdict of the line's cards once, with the checks that failed."""
     return ", ".join(sorted({" ".join([card["verdict"]["status"], *card["verdict"]["failed_checks"]]) for card in of_line}))
@@ -127,6 +138,6 @@ def _draw_line(axes: Axes, of_line: Sequence[Card], **style: Any) -> None:
     ladder = sorted(of_line, key=lambda card: float(card["threat"]["eps"]))
     clean = ladder[0]
     points = [(0.0, clean["clean_accuracy"], clean["standard_error"]["clean"])]
-    points += [(255 * card["threat"]["eps"], card["robust_accuracy"], card["standard_error"]["robust"]) for card in ladder]
+    points += [(_radius(card), card["robust_accuracy"], card["standard_error"]["robust"]) for card in ladder]
     x, share, error = zip(*points, strict=True)
     axes.errorbar(x, [100 * s for s in share], yerr=[100 * e for e in error], capsize=3, linewidth=1.6, markersize=5, **style)

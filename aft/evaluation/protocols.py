@@ -35,7 +35,7 @@ class Budget:
         steps: of each attack.
         targets: classes that a targeted attack aims at, one after the other; clipped to ``classes - 1``.
         classes: K of the label space.
-        norm: ``linf`` or ``l2``.
+        norm: ``linf``, ``l2`` or ``l1``.
     """
 
     eps: float
@@ -180,7 +180,7 @@ def plan(name: str, *, eps: float | str, steps: int, targets: int, classes: int,
         steps: of each attack.
         targets: of a targeted attack, clipped to ``classes - 1``.
         classes: K of the label space, 2 or more.
-        norm: ``linf`` or ``l2``.
+        norm: ``linf``, ``l2`` or ``l1``.
 
     Raises:
         ConfigError: unknown name, a radius outside the pixel range, no steps, no targets, or fewer than 2 classes.

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aft import cards
+from aft.attacks.threat_model import radius_text
 from aft.cards import Card
 from aft.errors import DataError
 from aft.evaluation.published import printed
@@ -51,10 +52,7 @@ def load(folders: Iterable[Path]) -> list[Labelled]:
 
 def eps_text(card: Card) -> str:
     """The radius as it is written in configurations (``2/255``), with the norm where it is not L-inf; a dash without attacks."""
-    threat = card["threat"]
-    if threat is None:
-        return "-"
-    return f"{threat['eps'] * 255:.4g}/255" if threat["norm"] == "linf" else f"{threat['eps']:.4g} {threat['norm']}"
+    return "-" if card["threat"] is None else radius_text(card["threat"]["norm"], card["threat"]["eps"])
 
 
 def percent(share: float | None, error: float | None) -> str:

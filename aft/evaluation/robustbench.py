@@ -21,7 +21,7 @@ from aft.cards import Card
 from aft.evaluation.published import printed
 from aft.evaluation.report import Labelled, eps_text, percent, rows_of
 
-THREATS = {"linf": "Linf", "l2": "L2"}
+THREATS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 AUTOATTACK = "autoattack_standard"
 
 

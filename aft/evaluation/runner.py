@@ -21,7 +21,7 @@ from aft.cards import Card, Verdicts
 from aft.clip.model import ZeroShotModel
 from aft.evaluation import origin
 from aft.evaluation.checks import failed
-from aft.evaluation.doubts import DEAR
+from aft.evaluation.doubts import dear_of
 from aft.evaluation.judge import Cell, Cost, Judge, Survivors, scoring
 from aft.evaluation.place import Place
 from aft.evaluation.verdict import NEEDS_SIBLINGS, with_verdict
@@ -131,7 +131,7 @@ def _checked(card: Card) -> int:
     told = card["metrics"].get("checks")
     if card["threat"] is None and told:
         return sys.maxsize
-    return int(told["images"]) if told and set(DEAR) - {NEEDS_SIBLINGS} <= set(told["made"]) else 0
+    return int(told["images"]) if told and set(dear_of(card["threat"]["norm"])) - {NEEDS_SIBLINGS} <= set(told["made"]) else 0
 
 
 def _doubt_again(cell: Cell, path: Path, card: Card, checks: int, siblings: Sequence[ZeroShotModel]) -> Card:

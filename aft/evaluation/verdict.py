@@ -12,7 +12,7 @@ from torch import Tensor
 from aft.cards import Card, Verdicts
 from aft.clip.model import ZeroShotModel
 from aft.evaluation.case import Case
-from aft.evaluation.doubts import CHEAP, DEAR, Doubt, doubted, each_loss
+from aft.evaluation.doubts import CHEAP, Doubt, dear_of, doubted, each_loss
 from aft.evaluation.judge import Cell, scoring
 from aft.evaluation.protocols import EOT
 
@@ -64,7 +64,7 @@ def doubts_of(cell: Cell, images: int, siblings: bool = False) -> dict[str, Doub
     """Those that are made for a cell; the one that carries images over only where there are other models."""
     if not cell.protocol.eps:
         return {name: CHEAP[name] for name in WITHOUT_ATTACK}
-    dear = {name: doubt for name, doubt in DEAR.items() if siblings or name != NEEDS_SIBLINGS}
+    dear = {name: doubt for name, doubt in dear_of(cell.protocol.norm or "linf").items() if siblings or name != NEEDS_SIBLINGS}
     return CHEAP | dear if images else CHEAP
 
 

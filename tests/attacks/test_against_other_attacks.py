@@ -8,7 +8,7 @@ import torch
 
 from aft.attacks import APGD, PGD, APGDTargeted, FABTargeted, Square, StockAttack
 
-EPS = {"linf": 6 / 255, "l2": 0.6}
+EPS = {"linf": 6 / 255, "l2": 0.6, "l1": 6.0}
 
 
 def compare(classifier, ours, foreign_images, many, record_property):
@@ -24,7 +24,7 @@ def compare(classifier, ours, foreign_images, many, record_property):
     assert robust[0] <= robust[1] + 0.01
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("loss", ["ce", "dlr"])
 def test_apgd_is_as_strong_as_autoattacks(classifier, many, objective_of, record_property, norm, loss):
     """APGD-CE and APGD-DLR, 20 steps, against pyautoattack's at the same budget."""
@@ -101,13 +101,14 @@ def test_stock_attacks_are_autoattacks(classifier, many, objective_of, norm):
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_pgd_is_as_strong_as_foolboxs(classifier, many, objective_of, record_property, norm):
-    """PGD, 10 steps of eps / 4 from a random start, last iterate, against foolbox's LinfPGD and L2PGD."""
+    """PGD, 10 steps of eps / 4 from a random start, last iterate, against foolbox's LinfPGD, L2PGD and SparseL1Descent (SLIDE)."""
     foolbox = pytest.importorskip("foolbox", reason="a reference for PGD")
     images, labels, keys = many
     ours = PGD(eps=EPS[norm], norm=norm, relative_step_size=0.25, steps=10)(objective_of(classifier, labels), images, keys).x_BCHW
-    reference = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD}[norm](rel_stepsize=0.25, steps=10)
+    kinds = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD, "l1": foolbox.attacks.SparseL1DescentAttack}
+    reference = kinds[norm](rel_stepsize=0.25, steps=10)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         theirs = reference(foolbox.PyTorchModel(classifier, bounds=(0, 1), device="cpu"), images, labels, epsilons=EPS[norm])[1]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from aft.attacks import APGD, PGD, APGDTargeted, Judged
+from aft.attacks import APGD, PGD, APGDTargeted, FABTargeted, Judged, Square, StockAttack
 from aft.attacks.apgd import checkpoints
 from aft.errors import ConfigError
 
@@ -36,11 +36,11 @@ def test_budgets(network, batch, objective_of, watch):
         assert len(calls) == 1 + 3 * 5 * restarts
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_dropping_broken_samples_changes_no_verdict(precise, many, objective_of, norm, watch):
     """A sample that leaves once broken keeps the verdict of the full run (fp64); it leaves its run and has no restart."""
     images, labels, keys = many[0][:60].double(), many[1][:60], many[2][:60]
-    attack = APGD(eps="8/255" if norm == "linf" else 0.7, norm=norm, steps=10, restarts=2)
+    attack = APGD(eps={"linf": "8/255", "l2": 0.7, "l1": 8}[norm], norm=norm, steps=10, restarts=2)
     dropping, full = watch(objective_of(precise, labels)), watch(objective_of(precise, labels))
     with_drop = attack(dropping, images, keys)
     without = dataclasses.replace(attack, drop_broken=False)(full, images, keys)
@@ -67,6 +67,23 @@ def test_step_size_halves_where_the_loss_does_not_rise():
     assert found.loss_B > -2e-3 and found.loss_B > 0.1 * fixed.loss_B
 
 
+def test_in_l1_the_walk_follows_how_sparse_its_best_point_is():
+    """On a linear loss with three large weights, 100 steps end within 2 % of the highest point of ball and box, which moves those alone."""
+    weight = torch.full((48,), 0.01, dtype=torch.float64)
+    weight[:3] = 1.0
+    x, keys = torch.full((1, 3, 4, 4), 0.5, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+
+    class Linear:
+        modules = ()
+
+        def __call__(self, x, rows):
+            return Judged((x.flatten(1) * weight).sum(1))
+
+    found = APGD(eps=1.2, norm="l1", steps=100)(Linear(), x, keys)
+    assert found.loss_B - (x.flatten() * weight).sum() > 0.98 * 1.2
+    assert (found.x_BCHW - x).flatten().abs().sort(descending=True).values[3:].sum() < 0.02 * 1.2
+
+
 def test_targeted_goes_through_the_wrong_classes_in_turn(network, batch, objective_of, watch):
     """Each target run aims at another wrong class of the clean image, the likeliest first."""
     images, labels, keys = batch
@@ -89,6 +106,10 @@ def test_targeted_goes_through_the_wrong_classes_in_turn(network, batch, objecti
         (APGD, {"restarts": "2"}, "restarts = '2' is not a whole number"),
         (APGDTargeted, {"targets": 0}, "targets = 0 is not a whole number"),
         (APGDTargeted, {"eps": 8}, "eps = 8.* is outside"),
+        (APGD, {"eps": 0, "norm": "l1"}, "eps = 0.0 is no radius for L1"),
+        (FABTargeted, {"norm": "l1"}, "FAB is here for linf and l2; use PGD and APGD for l1"),
+        (Square, {"norm": "l1"}, "the Square attack is here for linf"),
+        (StockAttack, {"norm": "l1", "attack": "apgd-ce"}, "use PGD and APGD for l1"),
     ],
 )
 def test_wrong_settings_are_named(kind, settings, message):

@@ -106,8 +106,9 @@ def test_a_search_works_on_copies_of_its_own(batch, objective_of, network):
     assert all(map(torch.equal, (images, keys, *copies), (*before, *before)))
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("eps", [0.0, 1 / 255, 4 / 255, 0.3, 1.0])
+@pytest.mark.parametrize(("norm", "eps"), [
+    *((norm, eps) for norm in ("linf", "l2") for eps in (0.0, 1 / 255, 4 / 255, 0.3, 1.0)), *(("l1", eps) for eps in (4 / 255, 1.0, 12.0))
+])  # fmt: skip
 @pytest.mark.parametrize("kind", [PGD, FGSM, APGD, APGDTargeted])
 def test_result_is_inside_ball_and_box(kind, eps, norm, network, batch, objective_of):
     """fp32 images, some at the edges 0 and 1: inside to the last bit, finite, detached; eps 0 gives back the clean images."""
@@ -118,7 +119,7 @@ def test_result_is_inside_ball_and_box(kind, eps, norm, network, batch, objectiv
     settings |= {"relative_step_size": 0.7} if kind is PGD else {"targets": 2} if kind is APGDTargeted else {}
     x = kind(eps=eps, norm=norm, **settings)(objective_of(network, labels), images, keys).x_BCHW
     change = (x.double() - images.double()).flatten(1)
-    assert torch.linalg.vector_norm(change, ord=math.inf if norm == "linf" else 2, dim=1).max() <= eps
+    assert torch.linalg.vector_norm(change, ord={"linf": math.inf, "l2": 2, "l1": 1}[norm], dim=1).max() <= eps
     assert x.min() >= 0 and x.max() <= 1 and x.isfinite().all()
     assert x.dtype == torch.float32 and not x.requires_grad and x.grad_fn is None
     assert eps > 0 or torch.equal(x, images)

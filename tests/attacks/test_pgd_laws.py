@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from aft.attacks import FGSM, L2, PGD, ClassificationObjective, Judged, Linf
+from aft.attacks import FGSM, L1, L2, PGD, ClassificationObjective, Judged, Linf
 from aft.errors import ConfigError
 
 ROWS = torch.arange(12)
@@ -68,7 +68,7 @@ def test_zero_gradient_leaves_the_point(batch):
     """Where the loss is flat the image stays at its start, under both norms; no NaN from 0 / 0, with momentum too."""
     images, _, keys = batch
     flat = Linear(torch.zeros(3, 16, 16))
-    for norm, threat in (("linf", Linf(eps=0.1)), ("l2", L2(eps=0.1))):
+    for norm, threat in (("linf", Linf(eps=0.1)), ("l2", L2(eps=0.1)), ("l1", L1(eps=0.1))):
         for momentum in (0.0, 0.9):
             attack = PGD(eps=0.1, norm=norm, step_size=0.05, steps=3, momentum=momentum)
             start = threat.random_start(images, keys, 0)

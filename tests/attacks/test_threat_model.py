@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from aft.attacks import L2, PGD, Linf, pixel_fraction, sample_keys, threat_model
+from aft.attacks import L1, L2, PGD, Linf, pixel_fraction, sample_keys, threat_model
 from aft.errors import ConfigError
 
 EPS = [0.0, 1e-6, 1 / 255, 2 / 255, 4 / 255, 8 / 255, 0.1, 0.3, 0.7, 1.0]
@@ -63,6 +63,7 @@ def test_inside_points_stay():
     inside = (x + 1e-3 * torch.ones_like(x).sign()).clamp(0, 1)
     assert torch.equal(Linf(eps=2e-3).project(inside, x), inside)
     assert (L2(eps=1).project(inside, x) - inside).abs().max() < 1e-15
+    assert torch.equal(L1(eps=1).project(inside, x), inside)
 
 
 def test_steepest_steps():
@@ -89,7 +90,7 @@ def test_starts_are_uniform_in_the_ball():
     assert (ball.T @ ball / 4000 - torch.eye(3) / 5).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("threat", [Linf(eps=0.1), L2(eps=0.5)])
+@pytest.mark.parametrize("threat", [Linf(eps=0.1), L2(eps=0.5), L1(eps=5)])
 def test_starts_belong_to_key_and_draw(threat):
     """Another key, epoch or draw gives another start; the same key gives the same one in any batch."""
     x = images()
@@ -113,7 +114,9 @@ def test_starts_belong_to_key_and_draw(threat):
         ("linf", "1/0", "is not a number"),
         ("linf", True, "is not a number"),
         ("linf", None, "is not a number"),
-        ("l1", 0.1, "unknown norm 'l1'.*Known: l2, linf"),
+        ("l3", 0.1, "unknown norm 'l3'.*Known: l1, l2, linf"),
+        ("l1", 0, "eps = 0.0 is no radius for L1: give the positive sum of all pixel changes, such as 12"),
+        ("l1", -12, "eps = -12 is negative"),
     ],
 )
 def test_wrong_eps_is_named(norm, eps, message):
@@ -122,6 +125,74 @@ def test_wrong_eps_is_named(norm, eps, message):
         threat_model(norm, eps)
     with pytest.raises(ConfigError, match=message):
         PGD(eps=eps, norm=norm, steps=1, step_size=0.1)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.01, 0.3, 3.0, 12.0, 60.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_l1_projection_is_the_nearest_point(eps, dtype):
+    """Of ball and box at once: inside to the last bit, and the point that bisection on the threshold gives in float64."""
+    x = images(dtype)
+    for point in [*far_points(x, eps), x + 0.01 * (x.flip(0) - 0.5), L1(eps=eps).random_start(x, KEYS, 0)]:
+        projected = L1(eps=eps).project(point, x)
+        length = (projected.double() - x.double()).abs().flatten(1).sum(1)
+        assert length.max() <= eps and projected.min() >= 0 and projected.max() <= 1 and projected.dtype == dtype
+        change = (point.double() - x.double()).flatten(1)
+        room = torch.where(change > 0, 1 - x.double().flatten(1), x.double().flatten(1))
+        low, high = torch.zeros(8, dtype=torch.float64), change.abs().amax(1)
+        fits = torch.minimum(change.abs(), room).sum(1) <= eps
+        for _ in range(100):
+            middle = (low + high) / 2
+            beyond = torch.minimum((change.abs() - middle[:, None]).clamp_min(0), room).sum(1) > eps
+            low, high = torch.where(beyond, middle, low), torch.where(beyond, high, middle)
+        threshold = torch.where(fits, 0.0, high)[:, None]
+        nearest = x.double().flatten(1) + change.sign() * torch.minimum((change.abs() - threshold).clamp_min(0), room)
+        assert (projected.double().flatten(1) - nearest).abs().max() <= (2**-23 if dtype == torch.float32 else 3e-9)
+
+
+def test_l1_projection_is_what_a_general_solver_finds():
+    """A quadratic programme of six pixels, by scipy; one pixel at the edge, so that the box matters."""
+    optimize = pytest.importorskip("scipy.optimize", reason="the general solver")
+    x = torch.tensor([[[[0.5, 0.95, 0.1, 0.3, 0.7, 0.0]]]], dtype=torch.float64)
+    point = x + torch.tensor([[[[0.4, 0.9, -0.5, 0.05, 0.0, -0.3]]]], dtype=torch.float64)
+    start, aim = x.flatten().numpy(), point.flatten().numpy()
+    within = {"type": "ineq", "fun": lambda parts: 0.5 - parts.sum()}  # the change in two parts, up and down, each 0 or more
+    found = optimize.minimize(
+        lambda parts: ((start + parts[:6] - parts[6:] - aim) ** 2).sum(), [0.01] * 12, constraints=[within], method="SLSQP",
+        bounds=[*((0, 1 - value) for value in start), *((0, value) for value in start)], options={"ftol": 1e-14, "maxiter": 500},
+    )  # fmt: skip
+    expected = start + found.x[:6] - found.x[6:]
+    assert found.success and abs(L1(eps=0.5).project(point, x).flatten().numpy() - expected).max() < 1e-5
+
+
+def test_l1_steps_are_sparse():
+    """A hundredth of the entries, one at least, the largest ones, with equal lengths that add up to 1; zero stays zero."""
+    gradient = torch.randn(3, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+    gradient[1] *= 1e-30
+    gradient[2] = 0
+    step = L1(eps=1).steepest_step(gradient).flatten(1)
+    for image in (0, 1):
+        chosen = gradient[image].abs().flatten().topk(3).indices
+        assert step[image].nonzero().flatten().tolist() == sorted(chosen.tolist())
+        assert torch.allclose(step[image, chosen], gradient[image].flatten()[chosen].sign() / 3)
+    assert not step[2].any()
+    assert L1(eps=1).steepest_step(gradient[:, :, :2, :2]).flatten(1).count_nonzero(1).tolist() == [1, 1, 0]
+
+
+def test_l1_starts_are_uniform_in_the_ball():
+    """(|v|_1)^d is uniform in [0, 1], the coordinates' variance is 2 / ((d + 1) (d + 2)), and no pair of them goes together."""
+    grey, keys = torch.full((4000, 1, 1, 3), 0.5, dtype=torch.float64), sample_keys(0, 0, torch.arange(4000))
+    ball = (L1(eps=0.3).random_start(grey, keys, 0) - grey).flatten(1) / 0.3
+    unit = ball.abs().sum(1) ** 3
+    assert abs(unit.mean() - 0.5) < 5 * math.sqrt(1 / 12 / 4000) and abs(unit.var() - 1 / 12) < 5 * math.sqrt(1 / 180 / 4000)
+    assert ball.mean(0).abs().max() < 5 * math.sqrt(0.1 / 4000)
+    assert (ball.T @ ball / 4000 - torch.eye(3) / 10).abs().max() < 0.015
+
+
+def test_l1_eps_is_checked_against_the_image():
+    """Beyond the way between opposite corners of the box an L1 radius means nothing."""
+    L1(eps=768).check(images())
+    with pytest.raises(ConfigError, match=r"eps = 800.0 is outside \[0, 768\] for L1 on 768 pixel values"):
+        L1(eps=800).check(images())
 
 
 def test_l2_eps_is_checked_against_the_image():

@@ -24,8 +24,7 @@ def cell_of(model, data, name: str = "apgd") -> Cell:
 def dear(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One dear doubt in the place of all: finds nothing, and notes how many images it was shown."""
     shown: list[int] = []
-    monkeypatch.setattr(verdicts, "DEAR", {"E11": lambda case: shown.append(len(case.labels_n))})
-    monkeypatch.setattr("aft.evaluation.runner.DEAR", {"E11": None})
+    monkeypatch.setattr("aft.evaluation.doubts.DEAR", {"E11": lambda case: shown.append(len(case.labels_n))})
     return shown
 
 
