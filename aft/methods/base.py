@@ -215,8 +215,28 @@ class AdversarialFineTuning(ClipModule):
 
     def optimised(self) -> list[tuple[str, nn.Parameter]]:
         """Everything that learns, but for terms that step by themselves."""
-        own = {id(p) for term in self.terms.values() if term.steps_itself and isinstance(term, nn.Module) for p in term.parameters()}
+        own = {id(p) for p in self._stepping_themselves()}
         return [(name, p) for name, p in super().optimised() if id(p) not in own]
+
+    def _stepping_themselves(self) -> list[nn.Parameter]:
+        return [p for term in self.terms.values() if term.steps_itself and isinstance(term, nn.Module) for p in term.parameters()]
+
+    def on_train_start(self) -> None:
+        """After a resume the steps before it are done: terms that step by themselves wait for the next whole one."""
+        super().on_train_start()
+        self._stepped = self.global_step
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """fp16's gradient scaler takes its factor from the optimiser's parameters alone; here it goes from all others, too."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            gradients = [p.grad for p in self._stepping_themselves() if p.grad is not None]
+            for gradient in gradients:
+                gradient.div_(scaler.get_scale())
+            if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+                for parameter in self._stepping_themselves():
+                    parameter.grad = None
+        super().on_before_optimizer_step(optimizer)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Lets terms that step by themselves do so, once an optimiser step."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from safetensors.torch import save_file
 from torch.nn import functional
 
@@ -292,3 +293,35 @@ def test_tokens_of_a_tower_without_any_are_refused(data: MemoryData, tmp_path: P
     method._trainer, trainer.datamodule = trainer, data  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="token"):
         method.setup("fit")  # before the first step
+
+
+def test_lores_multiplier_goes_on_where_it_stopped(tiny: ModelSpec, tmp_path: Path) -> None:
+    """With accumulated gradients: a resume makes no step of half a gradient. To the bit."""
+
+    def fit(epochs: int, folder: str, checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
+        trainer = make_trainer(tmp_path, max_steps=-1, max_epochs=epochs, limit_val_batches=0, accumulate_grad_batches=2)
+        method = build("lore_scalar", tiny)
+        trainer.fit(method, datamodule=MemoryData(count=32), ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / folder)
+        return {key: value.clone() for key, value in method.state_dict().items()}
+
+    whole, _ = fit(2, "whole"), fit(1, "half")
+    resumed = fit(2, "resumed", tmp_path / "half")
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+def test_lores_multiplier_does_not_see_the_factor_of_fp16(tiny: ModelSpec, tmp_path: Path) -> None:
+    """A gradient scaler multiplies the loss: the multiplier's step is that of an unscaled run; one that overflows makes none."""
+
+    def multiplier(**settings: Any) -> float:
+        method = build("lore_scalar", tiny, optimizer=OptimizerSpec(name="sgd", lr=1e-6, schedule="constant"))
+        make_trainer(tmp_path, max_steps=2, limit_val_batches=0, **settings).fit(method, datamodule=MemoryData(count=16))
+        return float(method.terms["clean_constraint"].bias.detach())
+
+    def scaled(by: float) -> list[MixedPrecision]:
+        return [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=by))]
+
+    plain, start = multiplier(), float(torch.tensor(1.0).expm1().log())
+    assert abs(plain - start) > 1e-3
+    assert multiplier(plugins=scaled(256.0)) == pytest.approx(plain, abs=1e-2 * abs(plain - start))
+    assert multiplier(plugins=scaled(2.0**126)) == start
