@@ -94,6 +94,15 @@ def has_tokens(visual: nn.Module) -> bool:
     return isinstance(visual, ModifiedResNet)
 
 
+def check_tokens(visual: nn.Module, asked_by: str = "") -> None:
+    """Raises ConfigError for an image tower without patch tokens in the joint space; ``asked_by`` begins the message."""
+    if not has_tokens(visual):
+        raise ConfigError(
+            f"{asked_by}image tower {tower_name(visual)} has no patch tokens in the joint space: choose a ViT with a class token or a ResNet "
+            "of CLIP, or a method whose terms do not need tokens."
+        )
+
+
 def encode_with_tokens(visual: nn.Module, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """Embedding and patch tokens from one pass.
 
@@ -117,11 +126,7 @@ def encode_with_tokens(visual: nn.Module, pixels_BCHW: Tensor) -> tuple[Tensor, 
     Raises:
         ConfigError: the tower has no patch tokens in the joint space.
     """
-    if not has_tokens(visual):
-        raise ConfigError(
-            f"image tower {tower_name(visual)} has no patch tokens in the joint space: choose a ViT with a class token or a ResNet "
-            "of CLIP, or a method whose terms do not need tokens."
-        )
+    check_tokens(visual)
     if isinstance(visual, ModifiedResNet):
         return _resnet_tokens(visual, pixels_BCHW)
     if isinstance(visual, TimmModel):

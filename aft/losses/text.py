@@ -16,13 +16,13 @@ def hyperspherical_energy(text_KD: Tensor, power: float = 2.0) -> Tensor:
 
     Args:
         text_KD: unit vectors, two classes or more.
-        power: of the distance.
+        power: of the distance, above 0.
 
     Returns:
         Scalar in (0, 1]: 1 for equal vectors, 1/3 for orthogonal ones and 1/5 for opposite ones at power 2.
 
     Raises:
-        ConfigError: fewer than two classes.
+        ConfigError: fewer than two classes, or a power under which spreading would not pay.
 
     Reference:
         TIMA, arXiv 2405.17678 (minimum hyperspherical energy, in its stabilised form). The form is known from secondary sources.
@@ -34,8 +34,15 @@ def hyperspherical_energy(text_KD: Tensor, power: float = 2.0) -> Tensor:
     """
     if len(text_KD) < 2:
         raise ConfigError(f"hyperspherical energy of {len(text_KD)} class: it is defined between two classes or more.")
+    check_power(power)
     apart_P = _distances(text_KD)[~torch.eye(len(text_KD), dtype=torch.bool, device=text_KD.device)]
     return (1 / (1 + apart_P.clamp_min(0).pow(power / 2))).mean()
+
+
+def check_power(power: float) -> None:
+    """Raises ConfigError for a power of the distance that is not above 0: the energy would not fall as texts spread."""
+    if not power > 0:
+        raise ConfigError(f"power = {power} is not above 0: the energy must fall as texts spread; the paper's is 2.")
 
 
 def rival_margins(text_KD: Tensor, margin: float, function: MarginFunction = "decreasing") -> Tensor:

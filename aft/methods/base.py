@@ -16,6 +16,7 @@ from aft.attacks.guards import naming_out_of_memory
 from aft.batch import Batch
 from aft.clip import Encoding, ModelSpec, TrainableSpec, ZeroShotModel, load_model
 from aft.clip.text_transform import TextTransformSpec
+from aft.clip.towers import check_tokens
 from aft.errors import ConfigError
 from aft.methods.captions import Captions
 from aft.methods.checkpoint import refuse_another_teacher
@@ -55,6 +56,7 @@ class AdversarialFineTuning(ClipModule):
 
     default_terms: ClassVar[Mapping[str, Term]] = {}
     objective_needs: ClassVar[frozenset[str]] = frozenset()
+    makes_captions: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -91,11 +93,18 @@ class AdversarialFineTuning(ClipModule):
         """Checks needs and builds the teacher.
 
         Raises:
-            ConfigError: tokens are asked of a tower that has none, or gradients accumulate over a loss that couples samples.
+            ConfigError: tokens are asked of a tower that has none, captions of a method that makes none, or gradients accumulate over
+                a loss that couples samples.
         """
         super().setup(stage)
-        if "tokens" in self.needs:
-            self.model.encode(torch.zeros(1, 3, self.model.record.resolution, self.model.record.resolution), tokens=True)
+        for name, term in self.terms.items():
+            if "captions" in term.needs and not self.makes_captions:
+                raise ConfigError(
+                    f"terms.{name} needs captions, and {type(self).__name__} makes none: use AdvFLYP or ContrastivePretraining, or take "
+                    f"the term out, {{{name}: null}}."
+                )
+            if "tokens" in term.needs:
+                check_tokens(self.model.visual, f"terms.{name} needs patch tokens: ")
         coupled = [name for name, term in self.terms.items() if term.couples_batch]
         if coupled and self.trainer.accumulate_grad_batches > 1:
             raise ConfigError(f"{coupled[0]} is defined on the whole batch: accumulate_grad_batches must be 1; raise batch_size instead.")

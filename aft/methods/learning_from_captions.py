@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -34,6 +34,8 @@ class LearningFromCaptions(AdversarialFineTuning):
         ConfigError: name_share is no share.
     """
 
+    makes_captions: ClassVar[bool] = True
+
     def __init__(
         self,
         *args: Any,
@@ -44,7 +46,7 @@ class LearningFromCaptions(AdversarialFineTuning):
     ) -> None:
         super().__init__(*args, **kwargs)
         if not 0 <= name_share <= 1:
-            raise ConfigError(f"name_share = {name_share} is outside [0, 1].")
+            raise ConfigError(f"name_share = {name_share} is outside [0, 1]: it is the share of captions that take the class's first name.")
         self.captions_per = captions_per
         self.caption_templates = list(caption_templates or CAPTION_TEMPLATES)
         self.name_share = name_share

@@ -46,10 +46,10 @@ class CleanConstraint(Term, nn.Module):
             raise ConfigError(f"dual = {self.dual!r} is unknown: write network (a multiplier a sample) or scalar (one for all).")
         for name in ("rho", "start", "lr"):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} = {getattr(self, name)} is not above 0.")
+                raise ConfigError(f"{name} = {getattr(self, name)} is not above 0: give a positive number.")
         for name in ("hidden", "every"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)} is below 1.")
+                raise ConfigError(f"{name} = {getattr(self, name)} is below 1: give a whole number of 1 or more.")
 
     def prepare(self, width: int, seed: int) -> None:
         """Builds the multiplier; its first value is ``start`` for every sample."""

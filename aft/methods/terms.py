@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -20,6 +20,9 @@ from aft.methods.views import Views
 
 #: What a term may need: it decides whether a teacher is built and is checked when a run is set up.
 NEEDS = frozenset({"labels", "captions", "tokens", "teacher_clean", "teacher_adversarial", "student_clean", "clean"})
+
+#: Types of settings that are checked by their annotation, and what errors call them.
+PLAIN: dict[Any, str] = {float: "a finite number", int: "a whole number", bool: "true or false", str: "a name", type(None): "null"}
 
 
 @dataclass(frozen=True)
@@ -171,14 +174,35 @@ def build_terms(defaults: Mapping[str, Term], overrides: Mapping[str, Mapping[st
         if not isinstance(settings, Mapping):
             raise ConfigError(f"terms.{name} = {settings!r}: give settings such as {{weight: 0.5}}, or null to take the term out.")
         kind = type(terms[name]) if name in terms else find_term(name)
-        known = [f.name for f in dataclasses.fields(kind)]
-        for key in settings:
+        known, hints = [f.name for f in dataclasses.fields(kind)], _hints(kind)
+        for key, given in settings.items():
             if key not in known:
                 raise ConfigError(unknown_name(f"setting of term {name!r}", key, known))
-        terms[name] = dataclasses.replace(terms[name], **settings) if name in terms else kind(**settings)
+            _check_type(f"terms.{name}.{key}", given, hints.get(key))
+        try:
+            terms[name] = dataclasses.replace(terms[name], **settings) if name in terms else kind(**settings)
+        except ConfigError as error:
+            raise ConfigError(f"terms.{name}: {error}") from None
     if not terms:
         raise ConfigError("no loss term is left: a method needs at least one.")
     return terms
+
+
+def _hints(kind: type[Term]) -> dict[str, Any]:
+    try:
+        return get_type_hints(kind)
+    except NameError:  # a type that a module imports for type checkers alone
+        return {}
+
+
+def _check_type(name: str, given: object, hint: object) -> None:
+    """Raises ConfigError for a setting of another plain type: a word where a number is asked would fail later, or count as true."""
+    allowed = get_args(hint) or (hint,)
+    if not set(allowed) <= set(PLAIN):
+        return
+    fits = [isinstance(given, (int, float) if kind is float else kind) and isinstance(given, bool) == (kind is bool) for kind in allowed]
+    if not any(fits) or (isinstance(given, float) and not math.isfinite(given)):
+        raise ConfigError(f"{name} = {given!r}: give {' or '.join(PLAIN[kind] for kind in allowed)}.")
 
 
 def all_needs(terms: Iterable[Term]) -> frozenset[str]:

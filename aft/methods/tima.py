@@ -18,7 +18,7 @@ from aft.clip.model import full_precision
 from aft.clip.text_transform import TextTransformSpec
 from aft.errors import ConfigError
 from aft.losses import hyperspherical_energy, kl_divergence, rival_margins
-from aft.losses.text import MARGIN_FUNCTIONS, MarginFunction
+from aft.losses.text import MARGIN_FUNCTIONS, MarginFunction, check_power
 from aft.methods.distillation import TextAwareDistillation
 from aft.methods.targets import Targets
 from aft.methods.tecoa import TeCoA
@@ -54,6 +54,10 @@ class TextEnergy(Term):
     """Hyperspherical energy of the tuned class texts: falls as they spread (TIMA, MHE)."""
 
     power: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_power(self.power)
 
     def __call__(self, targets: Targets, views: Views) -> Tensor:
         """``mean_(j != k) 1 / (1 + ||t_j - t_k||^power)``."""

@@ -128,6 +128,8 @@ def test_energy_of_two_texts_and_as_they_spread() -> None:
     assert torch.isfinite(torch.autograd.grad(hyperspherical_energy(equal), equal)[0]).all()
     with pytest.raises(ConfigError, match="1 class"):
         hyperspherical_energy(text[:1])
+    with pytest.raises(ConfigError, match="power = 0.0"):
+        hyperspherical_energy(text, 0.0)
 
 
 def test_margins_by_distance() -> None:

@@ -228,6 +228,14 @@ def test_combinations_that_no_paper_has_train(combination: str, tiny: ModelSpec,
     ("clean_constraint", {"dual": "vector"}, "dual = 'vector'"),
     ("clean_constraint", {"every": 0}, "every = 0"),
     ("alignment", {"image": "blurred"}, "image"),
+    ("alignment", {"weight": {"start": 1.0, "end": -1.0, "steps": 9}}, "is negative"),
+    ("margin_alignment", {"margin": "big"}, "terms.margin_alignment.margin = 'big': give a finite number"),
+    ("margin_alignment", {"margin": float("inf")}, "margin = inf: give a finite number"),
+    ("clean_consistency", {"detach": "false"}, "terms.clean_consistency.detach = 'false': give true or false"),
+    ("attention_refinement", {"size": 7.5}, "size = 7.5: give a whole number or null"),
+    ("attention_refinement", {"complement": 1}, "complement = 1: give true or false"),
+    ("clean_constraint", {"lr": True}, "lr = True: give a finite number"),
+    ("text_energy", {"power": -2.0}, "terms.text_energy: power = -2.0 is not above 0"),
     ("smoothnes", {}, "smoothness"),
 ])  # fmt: skip
 def test_settings_out_of_range_are_refused(term: str, settings: dict[str, Any], message: str, tiny: ModelSpec) -> None:
@@ -277,7 +285,7 @@ def test_what_the_data_or_the_trainer_cannot_give_is_refused(tiny: ModelSpec, da
     for settings, trainer, message in (
         ({"name": "advflyp"}, {}, "no phrases"),
         ({"name": "saft"}, {}, "no phrases"),
-        ({"name": "tecoa", "terms": {"caption_contrast": {}}}, {}, "makes none"),
+        ({"name": "tecoa", "terms": {"caption_contrast": {}}}, {}, "terms.caption_contrast needs captions, and TeCoA makes none"),
         ({"name": "advflyp"}, {"accumulate_grad_batches": 2}, "accumulate_grad_batches must be 1"),
     ):
         data.class_phrases = ()
@@ -291,7 +299,7 @@ def test_tokens_of_a_tower_without_any_are_refused(data: MemoryData, tmp_path: P
     method = TGAZSR(ModelSpec("convnext_base", "random"), attack=ATTACK)
     trainer = make_trainer(tmp_path, limit_val_batches=0)
     method._trainer, trainer.datamodule = trainer, data  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="token"):
+    with pytest.raises(ConfigError, match="terms.attention_refinement needs patch tokens: image tower ConvNeXt of timm"):
         method.setup("fit")  # before the first step
 
 
