@@ -24,19 +24,20 @@ from jsonargparse import ArgumentParser
 from lightning import LightningDataModule
 
 from aft.attacks.threat_model import Norm, pixel_fraction, radius_text
-from aft.batch import EvaluationSet
+from aft.batch import EvaluationSet, SuiteData
 from aft.cards import lowered, read, with_external, write, write_whole
 from aft.clip import ModelSpec, ZeroShotModel, load_model
 from aft.clip.merge import interpolate
 from aft.clip.weights import named
 from aft.errors import AftError, ConfigError, RunError, unknown_name
-from aft.evaluation import Cell, Classification, Place, Protocol, evaluate, first, plan, report, robustbench
+from aft.evaluation import Cell, Classification, Place, Protocol, evaluate, first, plan, report, robustbench, zero_shot
 from aft.evaluation.judge import Survivors
 from aft.evaluation.picture import draw, draw_curve
 from aft.evaluation.place import now_and_then, torch_device, use_threads
 from aft.evaluation.published import PUBLISHED
 from aft.evaluation.report import Labelled
 from aft.evaluation.runner import card_path, survivors_of
+from aft.evaluation.subsets import first_of_each
 from aft.settings import defaults_of, in_short
 
 
@@ -45,7 +46,7 @@ class Measurement:
     """What measuring some models takes, whichever they are.
 
     Args:
-        data: datamodule with ``evaluation_set(split)``, as in ``configs/data/*.yaml``.
+        data: datamodule with ``evaluation_set(split)``, as in ``configs/data/*.yaml``, or a suite of many sets.
         split: of the data set.
         label_spaces: name -> class names to keep and to classify among; null: all classes.
         protocols: any of clean, pgd, apgd, strict, four, autoattack_standard, autoattack_rand, or of the literature, which bring their
@@ -67,6 +68,8 @@ class Measurement:
         rank: of this process among those that share the work; null: the environment's RANK, or 0.
         world: how many processes share the work; null: the environment's WORLD_SIZE, or 1.
         keep_images: keep the adversarial images under OUT/parts.
+        trained_on: of a suite: model's name in tables -> ids of the sets it was trained on, which (with their families) are not counted
+            in its zero-shot mean.
     """
 
     data: LightningDataModule
@@ -88,6 +91,7 @@ class Measurement:
     rank: int | None = None
     world: int | None = None
     keep_images: bool = False
+    trained_on: dict[str, list[str]] = field(default_factory=dict)
 
     def run(self, command: str, effective: str) -> list[Labelled]:
         """Measures what is missing, then shows, writes and returns the cards."""
@@ -100,14 +104,15 @@ class Measurement:
         models = self.loaded()
         for label, model in models:
             others = [other for _, other in models if other is not model]
-            larger: dict[tuple[str, str], Survivors] = {}
+            larger: dict[tuple[str, str, str], Survivors] = {}
             for subset, protocol in work:
-                before = larger.get((subset.label_space, protocol.name))
+                key = (subset.name, subset.label_space, protocol.name)
+                before = larger.get(key)
                 shown = replace(subset, templates=protocol.templates) if protocol.templates else subset
                 cell = Cell(model.to(device), shown, protocol, self.seed, Classification(protocol.scale), before)
                 cards += (made := self.measure(label, cell, place, command, others))
                 if self.largest_first and made and protocol.attacks:
-                    larger[subset.label_space, protocol.name] = survivors_of(made[0][1], card_path(self.out, label, cell))
+                    larger[key] = survivors_of(made[0][1], card_path(self.out, label, cell))
             model.cpu()
         if place.rank == 0:
             write_whole(self.out / "config.yaml", effective.encode())
@@ -119,20 +124,23 @@ class Measurement:
         return Place(around.rank if self.rank is None else self.rank, around.world if self.world is None else self.world)
 
     def subsets(self) -> list[EvaluationSet]:
-        """The images of each label space.
+        """The images of each label space, of each set of a suite.
 
         Raises:
             ConfigError: the datamodule offers no evaluation set, or there is no label space.
             DataError: unknown classes, or fewer images than asked for.
         """
         offer = getattr(self.data, "evaluation_set", None)
-        if offer is None:
+        if offer is None and not isinstance(self.data, SuiteData):
             raise ConfigError(f"{type(self.data).__name__} has no evaluation_set(split): give a datamodule of datamodules, such as Sample.")
         if not self.label_spaces or self.batch_size < 1 or self.checks < 0:
             raise ConfigError(
                 f"label_spaces = {self.label_spaces}, batch_size = {self.batch_size}, checks = {self.checks}: give at least one label "
                 "space and one image a batch, and checks of 0 or more."
             )
+        if isinstance(self.data, SuiteData):
+            zero_shot.check_trained(self.trained_on, self.data.families)
+            return first_of_each(self.data.evaluation_sets(self.split), self.n, self.label_spaces)
         whole = offer(self.split)
         return [first(whole, self.n, classes, name) for name, classes in self.label_spaces.items()]
 
@@ -172,6 +180,8 @@ class Measurement:
         folder = self.out / "cards"
         if place.rank == 0 and cards:
             publish(cards, self.out)
+            if isinstance(self.data, SuiteData):
+                zero_shot.conclude(as_shown(cards), self.data, self.trained_on, self.label_spaces, self.n, self.out)
         print(f"cards: {folder}    show them again: python eval.py report --cards {shlex.quote(str(folder))}", flush=True)
         return cards
 

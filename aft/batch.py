@@ -115,3 +115,18 @@ class ClassData(Protocol):
     val_class_lists: tuple[str, ...]
     templates: tuple[str, ...]
     class_phrases: tuple[tuple[str, ...], ...]
+
+
+@runtime_checkable
+class SuiteData(Protocol):
+    """What an evaluation asks of a datamodule of many test sets.
+
+    ``families`` maps the id of each set to its family: who was trained on one of a family has seen classes or images of the others.
+    ``sizes`` are the images of each set's evaluation split, also of sets that are not there.
+    """
+
+    families: dict[str, str]
+    sizes: dict[str, int]
+
+    def evaluation_sets(self, split: str) -> list[EvaluationSet]:
+        """Every set that is there."""

@@ -5,5 +5,6 @@ from datamodules.folder import ImageFolder
 from datamodules.sample import Sample
 from datamodules.shards import Shards
 from datamodules.torchvision_sets import Torchvision
+from datamodules.zero_shot import ZeroShotSuite
 
-__all__ = ["Captions", "ImageFolder", "Sample", "Shards", "Torchvision"]
+__all__ = ["Captions", "ImageFolder", "Sample", "Shards", "Torchvision", "ZeroShotSuite"]

@@ -16,8 +16,11 @@ from torchvision.datasets import VisionDataset
 from aft.errors import DataError, unknown_name
 from datamodules.base import LabelledImages, Listing
 from datamodules.class_names import Phrases, clean
+from datamodules.images import DAMAGED
 
 LABELS = ("targets", "labels", "_labels")  # where the sets keep their labels; others are read item by item
+PATHS = ("_image_files", "_images", "_samples", "samples")  # where sets of files keep their paths; others give pictures alone
+MAGIC = (b"\xff\xd8", b"\x89P", b"BM", b"RI")  # JPEG, PNG, BMP, WebP: files that are handed on as they are
 BASES = ("VisionDataset", "DatasetFolder", "ImageFolder")  # no sets; for a folder of one's own there is datamodules.ImageFolder
 
 
@@ -97,15 +100,13 @@ class Torchvision(LabelledImages):
             settings["train"] = split == "train"
         elif "split" in known:
             settings["split"] = self.splits[split]
-        try:
-            return kind(self.root, **settings)
-        except (RuntimeError, OSError, ValueError, TypeError) as error:
-            raise DataError(f"torchvision's {self.dataset} cannot be opened in {self.root!r} ({error}): set download: true to fetch it, "
-                            "or give the root that holds it.") from error
+        return construct(self.dataset, self.root, **settings)
 
 
 class TorchvisionSource:
-    """A torchvision set as encoded images (BMP, lossless). A ``datamodules.sources.Source``.
+    """A torchvision set as encoded images: its files as they are, else BMP (lossless). A ``datamodules.sources.Source``.
+
+    Files come in the order of their paths: torchvision lists some sets (SUN397) in whatever order the disk has them.
 
     Args:
         images: the set; its items are (PIL image, class number).
@@ -116,21 +117,38 @@ class TorchvisionSource:
     """
 
     def __init__(self, images: VisionDataset, title: str) -> None:
-        self.images, self.title = images, title
-        self.labels = labels_of(images, title)
+        labels, paths = labels_of(images, title), paths_of(images)
+        self.images, self.title, self.paths = images, title, paths
+        self.order = list(range(len(labels))) if paths is None else sorted(range(len(labels)), key=lambda place: paths[place].as_posix())
+        self.labels = [labels[place] for place in self.order]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, position: int) -> str:
-        """Name of the set, place in it."""
-        return f"{self.title} #{position}"
+        """Path of the file, or name of the set and place in it."""
+        return f"{self.title} #{position}" if self.paths is None else str(self.paths[self.order[position]])
 
     def read(self, position: int) -> bytes:
-        """The image as BMP."""
+        """The file's bytes, or the image as BMP."""
+        if self.paths is not None and (raw := self.paths[self.order[position]].read_bytes()).startswith(MAGIC):
+            return raw
         data = io.BytesIO()
-        self.images[position][0].convert("RGB").save(data, "BMP")
+        self.images[self.order[position]][0].convert("RGB").save(data, "BMP")
         return data.getvalue()
+
+
+def construct(name: str, root: str, **settings: Any) -> VisionDataset:
+    """A set of torchvision from what lies below a root.
+
+    Raises:
+        DataError: it is unknown, not there, or not as torchvision expects it; or a package that it needs is missing.
+    """
+    try:
+        return find(name)(root, **settings)
+    except (RuntimeError, OSError, ValueError, TypeError, LookupError, ImportError) as error:
+        raise DataError(f"torchvision's {name} cannot be opened in {root!r} ({error}): set download: true to fetch it, "
+                        "or give the root that holds it.") from error
 
 
 def find(name: str) -> type[VisionDataset]:
@@ -158,7 +176,7 @@ def labels_of(images: VisionDataset, title: str) -> list[int]:
     Raises:
         DataError: the first item is not (image, class number).
     """
-    first = images[0] if len(images) else None
+    first = first_readable(images)
     if not (isinstance(first, tuple) and len(first) == 2 and isinstance(first[0], Image.Image) and is_number(first[1])):
         shown = [type(part).__name__ for part in first] if isinstance(first, tuple) else type(first).__name__
         raise DataError(f"torchvision's {title}: an item is {shown}, expected (image, class number): choose a set for classification.")
@@ -167,6 +185,26 @@ def labels_of(images: VisionDataset, title: str) -> list[int]:
         if kept is not None and len(kept) == len(images):
             return [int(label) for label in kept]
     return [int(images[position][1]) for position in range(len(images))]
+
+
+def first_readable(images: VisionDataset) -> object:
+    """The first item whose file can be opened; none: there is none."""
+    for position in range(len(images)):
+        try:
+            return images[position]
+        except DAMAGED:
+            continue
+    return None
+
+
+def paths_of(images: VisionDataset) -> list[Path] | None:
+    """The file of every image; none: the set does not say."""
+    for key in PATHS:
+        kept = getattr(images, key, None)
+        if isinstance(kept, list) and len(kept) == len(images):
+            paths = [entry[0] if isinstance(entry, tuple) else entry for entry in kept]
+            return [Path(path) for path in paths] if all(isinstance(path, (str, Path)) for path in paths) else None
+    return None
 
 
 def is_number(label: object) -> bool:

@@ -5,7 +5,7 @@ Shapes: N images of a data set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -74,3 +74,27 @@ def first(data: EvaluationSet, n: int | None = None, classes: Sequence[str] | No
         raise DataError(f"n = {n}, but {data.name}/{data.split} has {len(ordered)} images in label space {label_space!r}: "
                         f"set n to 1 .. {len(ordered)}, or to null for all.")
     return take(ordered, torch.arange(chosen))
+
+
+def first_of_each(
+    sets: Sequence[EvaluationSet], n: int | None, label_spaces: Mapping[str, Sequence[str] | None]
+) -> list[EvaluationSet]:  # fmt: skip
+    """:func:`first` of many sets: n images of each (all, where a set has fewer), in each label space whose classes the set has.
+
+    Args:
+        sets: with all their classes.
+        n: images of each; none: all.
+        label_spaces: name -> classes; none: all classes, of every set.
+
+    Raises:
+        DataError: a label space that no set has, or n below 1.
+    """
+    chosen = []
+    for data in sets:
+        for space, classes in label_spaces.items():
+            if classes is None or set(classes) <= set(data.class_names):
+                whole = first(data, None, classes, space)
+                chosen.append(whole if n is None else first(data, min(n, len(whole)), classes, space))
+    if unused := [space for space in label_spaces if space not in {data.label_space for data in chosen}]:
+        raise DataError(f"label spaces {', '.join(unused)}: no set of {', '.join(data.name for data in sets)} has all their classes.")
+    return chosen

@@ -9,9 +9,11 @@ import pytest
 import torchvision
 import yaml
 from jsonargparse import ArgumentParser
+from lightning import LightningDataModule
 from PIL import Image
 
 import train
+from datamodules import ZeroShotSuite
 from datamodules.common import ImageData
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
@@ -22,11 +24,14 @@ def test_config_builds_its_datamodule(name: str) -> None:
     """Typed and complete: unknown keys are errors."""
     path = next(path for path in CONFIGS if path.stem == name)
     parser = ArgumentParser()
-    parser.add_subclass_arguments(ImageData, "data")
+    parser.add_subclass_arguments(LightningDataModule, "data")
     given = yaml.safe_load(path.read_text())
     given.pop("checkpoint", None)
     data = parser.instantiate_classes(parser.parse_object(given)).data
-    assert isinstance(data, ImageData) and data.batch_size == given["data"]["init_args"]["batch_size"]
+    if isinstance(data, ZeroShotSuite):
+        assert str(data.root) == given["data"]["init_args"]["root"]
+    else:
+        assert isinstance(data, ImageData) and data.batch_size == given["data"]["init_args"]["batch_size"]
     lines = path.read_text().splitlines()
     body = lines[lines.index("  init_args:") + 1:]
     assert all(body[place - 1].lstrip().startswith("#") for place, line in enumerate(body) if not line.lstrip().startswith("#"))
