@@ -276,12 +276,13 @@ def sparse_signs(gradient_BCHW: Tensor, share_B: Tensor) -> Tensor:
 
     Args:
         gradient_BCHW: entries that are zero have no sign.
-        share_B: of the entries, how many; one at least.
+        share_B: of the entries, how many; one at least. Of equal entries the first ones count.
     """
     size_BP = gradient_BCHW.abs().flatten(1)
     count_B = (share_B * size_BP.shape[1]).ceil().long().clamp(1, size_BP.shape[1])
-    least_B1 = size_BP.sort(1, descending=True).values.gather(1, count_B[:, None] - 1)
-    signs_BP = torch.where(size_BP >= least_B1, gradient_BCHW.flatten(1).sign(), 0)
+    order_BP = size_BP.argsort(dim=1, descending=True, stable=True)
+    chosen_BP = torch.arange(size_BP.shape[1], device=size_BP.device) < count_B[:, None]
+    signs_BP = gradient_BCHW.flatten(1).sign() * torch.zeros_like(size_BP).scatter(1, order_BP, chosen_BP.to(size_BP))
     return (signs_BP / signs_BP.abs().sum(1, keepdim=True).clamp_min(1)).reshape(gradient_BCHW.shape)
 
 
