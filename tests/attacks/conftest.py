@@ -57,7 +57,7 @@ ATTACKS = {
     "pgd_l2": PGD(eps=0.5, relative_step_size=0.3, steps=4, norm="l2", momentum=0.75),
     "pgd_l1": PGD(eps=8, relative_step_size=0.3, steps=6, norm="l1", keep="best"),
     "apgd_l1": APGD(eps=6, steps=8, norm="l1"),
-    "apgd_targeted_l1": APGDTargeted(eps=4.5, steps=5, targets=3, norm="l1"),
+    "apgd_targeted_l1": APGDTargeted(eps=8, steps=5, targets=3, norm="l1"),
     "fgsm": FGSM(eps="8/255"),
     "apgd": APGD(eps="8/255", steps=8),
     "apgd_l2": APGD(eps=0.5, steps=8, norm="l2"),
