@@ -98,8 +98,8 @@ def check_tokens(visual: nn.Module, asked_by: str = "") -> None:
     """Raises ConfigError for an image tower without patch tokens in the joint space; ``asked_by`` begins the message."""
     if not has_tokens(visual):
         raise ConfigError(
-            f"{asked_by}image tower {tower_name(visual)} has no patch tokens in the joint space: choose a ViT with a class token or a ResNet "
-            "of CLIP, or a method whose terms do not need tokens."
+            f"{asked_by}image tower {tower_name(visual)} has no patch tokens in the joint space: choose a ViT with a class token or a "
+            "ResNet of CLIP, or a method whose terms do not need tokens."
         )
 
 

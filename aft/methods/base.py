@@ -43,7 +43,7 @@ class AdversarialFineTuning(ClipModule):
         optimizer: optimiser and schedule.
         terms: settings laid over the method's own terms; ``name: null`` takes a term out.
         val_attack: the attack of validation; none reports clean accuracy alone.
-        logit_scale: factor on cosines in the loss and in the attack; none means the model's own.
+        logit_scale: factor on cosines in the loss and in its attack; none means the model's own, at which it is validated and used.
         templates: prompts with one ``{}``; none means the data set's own.
         seed: of the attack's random starts (which depend on seed, epoch and sample alone), and of what ``trainable`` adds.
         trainable: what of the image tower learns: all of it, blocks, low-rank updates, or visual prompts.
@@ -172,7 +172,7 @@ class AdversarialFineTuning(ClipModule):
 
     def objective(self, targets: Targets) -> Objective:
         """What the attack maximises: cross-entropy of the training classes unless a method says otherwise."""
-        return self._class_objective(targets.text["class"], targets.labels)
+        return self._class_objective(targets.text["class"], targets.labels, self.logit_scale)
 
     def encoding_objective(self, loss: Callable[[Encoding, Tensor], Tensor]) -> EncodingObjective:
         """An objective on the student's encoding: ``loss(encoding, rows)``, one value a sample."""

@@ -114,17 +114,20 @@ class ClipModule(L.LightningModule):
         """The same before any text transformation."""
         return self.model.raw_bank(self.data.class_lists[class_list], self.templates or self.data.templates)
 
-    def _class_objective(self, text_KD: Tensor, labels_B: Tensor) -> ClassificationObjective:
+    def _class_objective(self, text_KD: Tensor, labels_B: Tensor, logit_scale: float | None) -> ClassificationObjective:
         def logits(images_BCHW: Tensor) -> Tensor:
             """Over the bank, ``[B, K]``."""
-            return self.model.logits(self.model.encode(images_BCHW), text_KD, self.logit_scale)
+            return self.model.logits(self.model.encode(images_BCHW), text_KD, logit_scale)
 
         return ClassificationObjective(logits, labels_B, modules=(self.model,))
 
     # --- validation: a part of the training set ---------------------------------------------------------------------------------
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Counts images that are right, and images that are right and stay right under ``val_attack``."""
+        """Counts images that are right, and images that are right and stay right under ``val_attack``.
+
+        The attack sees the model as it will be used and measured, at its own logit scale, whatever that of the training loss.
+        """
         text_KD = self.class_bank(self.data.val_class_lists[dataloader_idx])
         labels_B = self._check_labels(batch, len(text_KD))
         right_B = self.model(batch.images, text_KD).argmax(1) == labels_B
@@ -132,7 +135,7 @@ class ClipModule(L.LightningModule):
         if self.val_attack is None:
             return
         keys_B = sample_keys(self.seed, 0, batch.index)
-        adversarial = self.val_attack(self._class_objective(text_KD, labels_B), batch.images, keys_B)
+        adversarial = self.val_attack(self._class_objective(text_KD, labels_B, None), batch.images, keys_B)
         with torch.no_grad():
             robust_B = right_B & (self.model(adversarial.x_BCHW, text_KD).argmax(1) == labels_B)
         self._metric(self.val_robust, dataloader_idx).update(robust_B.float())

@@ -155,7 +155,7 @@ def test_agft_with_certain_soft_labels_is_tecoa_on_the_teachers_answers(tiny: Mo
     logits = views.logits(views.adversarial)
     torch.testing.assert_close(method.terms["soft_alignment"](targets, views), functional.cross_entropy(logits, labels))
     judged = method.objective(targets)(targets.images, torch.arange(8)).loss_n
-    usual = method._class_objective(targets.text["class"], labels)(targets.images, torch.arange(8)).loss_n
+    usual = method._class_objective(targets.text["class"], labels, method.logit_scale)(targets.images, torch.arange(8)).loss_n
     torch.testing.assert_close(judged, usual)
 
 

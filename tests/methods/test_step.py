@@ -107,6 +107,20 @@ def test_validate_with_default_flags_still_attacks(tiny: ModelSpec, data: Memory
     assert robust["val/robust_accuracy"] == 0.0  # the whole pixel range is the ball
 
 
+def test_validation_attacks_the_model_as_it_will_be_used(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """At the model's own logit scale, whatever that of training: recipes at scale 1 or 180 are chosen by the same attack as all others."""
+    attack, seen = PGD(eps="8/255", step_size="4/255", steps=2, keep="best"), []
+
+    def watched(objective: Any, x: Tensor, keys: Tensor) -> Any:
+        seen.append(objective(x, torch.arange(len(x))).loss_n.detach())
+        return attack(objective, x, keys)
+
+    for scale in (None, 1.0, 180.0):
+        method = tecoa(tiny, logit_scale=scale, val_attack=watched)
+        make_trainer(tmp_path, limit_val_batches=1).validate(method, datamodule=data, verbose=False)
+    assert len(seen) == 3 and torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
 def test_validation_counts_each_sample_once_with_uneven_batches(tiny: ModelSpec, tmp_path: Path) -> None:
     """7 images in batches of 3: the accuracy is a count over 7, not a mean of batch means."""
     data, method = MemoryData(count=7, batch_size=3), tecoa(tiny)
