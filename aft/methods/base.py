@@ -47,7 +47,8 @@ class AdversarialFineTuning(ClipModule):
         templates: prompts with one ``{}``; none means the data set's own.
         seed: of the attack's random starts (which depend on seed, epoch and sample alone), and of what ``trainable`` adds.
         trainable: what of the image tower learns: all of it, blocks, low-rank updates, or visual prompts.
-        text_transform: what class texts go through, in training and wherever the model is used later; none means the model's own.
+        text_transform: what class texts go through, in training and wherever the model is used later; none means the method's own
+            (LAAT expands, TIMA tunes), and where it has none, the model's.
         teacher: the frozen model that terms compare with; none means the one that the run starts from.
 
     Raises:
@@ -57,6 +58,8 @@ class AdversarialFineTuning(ClipModule):
     default_terms: ClassVar[Mapping[str, Term]] = {}
     objective_needs: ClassVar[frozenset[str]] = frozenset()
     makes_captions: ClassVar[bool] = False
+    #: No default of the constructor's argument: the command line's parser would pass none in its place.
+    default_text_transform: ClassVar[TextTransformSpec | None] = None
 
     def __init__(
         self,
@@ -74,7 +77,7 @@ class AdversarialFineTuning(ClipModule):
     ) -> None:
         super().__init__(
             clip, optimizer, val_attack=val_attack, logit_scale=logit_scale, templates=templates, seed=seed, trainable=trainable,
-            text_transform=text_transform,
+            text_transform=text_transform or self.default_text_transform,
         )  # fmt: skip
         self.attack = attack
         self.terms = build_terms(self.default_terms, terms)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -49,7 +49,5 @@ class LAAT(TeCoA):
     """
 
     method: ClassVar[str] = "laat"
+    default_text_transform: ClassVar[TextTransformSpec | None] = TextTransformSpec("expansion")
     default_terms: ClassVar[Mapping[str, Term]] = {"alignment": Alignment(), "smoothness": Smoothness()}
-
-    def __init__(self, *args: Any, text_transform: TextTransformSpec | None = TextTransformSpec("expansion"), **kwargs: Any) -> None:  # noqa: B008
-        super().__init__(*args, text_transform=text_transform, **kwargs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -99,15 +99,13 @@ class TIMA(TeCoA):
     """
 
     method: ClassVar[str] = "tima"
+    default_text_transform: ClassVar[TextTransformSpec | None] = TextTransformSpec("residual")
     default_terms: ClassVar[Mapping[str, Term]] = {
         "margin_alignment": MarginAlignment(),
         "text_energy": TextEnergy(),
         "image_aware_distillation": ImageAwareDistillation(),
         "text_aware_distillation": TextAwareDistillation(),
     }
-
-    def __init__(self, *args: Any, text_transform: TextTransformSpec | None = TextTransformSpec("residual"), **kwargs: Any) -> None:  # noqa: B008
-        super().__init__(*args, text_transform=text_transform, **kwargs)
 
     def objective(self, targets: Targets) -> Objective:
         """The cross-entropy with margins; without that term, the plain one."""

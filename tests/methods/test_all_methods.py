@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import eval as eval_command
 from aft.attacks import PGD, sample_keys
 from aft.clip import ModelSpec, cost, load_model
+from aft.clip.text_transform import TextTransformSpec
 from aft.clip.weights import describe
-from aft.methods import AdversarialFineTuning, OptimizerSpec
+from aft.methods import AdversarialFineTuning, ContrastivePretraining, OptimizerSpec
 from aft.methods.targets import Targets
 from aft.methods.views import Views
 from tests.conftest import Calls, MemoryData, make_trainer
@@ -44,6 +47,25 @@ def opened(method: AdversarialFineTuning, data: MemoryData) -> tuple[Targets, Vi
     targets.adversarial_BCHW = adversarial.x_BCHW
     views.open(targets.images, targets.adversarial_BCHW)
     return targets, views
+
+
+def settings_of(method: AdversarialFineTuning) -> dict[str, object]:
+    """What makes a method what it is, as far as its constructor decides."""
+    terms = {name: (type(term), dataclasses.asdict(term)) for name, term in method.terms.items()}
+    own = {name: value for name, value in vars(method).items() if isinstance(value, (str, int, float, list))}
+    text, specs = type(method.model.text_transform), (method.optimizer_spec, method.trainable_spec)
+    return {"terms": terms, "text": text, "specs": specs, **own}
+
+
+@pytest.mark.parametrize("kind", sorted({recipe.kind for recipe in RECIPES.values()} | {ContrastivePretraining}, key=lambda k: k.__name__))
+def test_a_name_alone_in_yaml_is_the_method(kind: type[AdversarialFineTuning]) -> None:
+    """Parsed as train.py parses it, with nothing else set: what Python's constructor makes, its defaults among them."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(AdversarialFineTuning, "model")
+    attack = "{class_path: aft.attacks.PGD, init_args: {eps: 8/255, step_size: 4/255, steps: 2}}"
+    given = f"{{class_path: aft.methods.{kind.__name__}, init_args: {{clip: {{name: tiny}}, attack: {attack}}}}}"
+    parsed = parser.instantiate_classes(parser.parse_args([f"--model={given}"])).model
+    assert settings_of(parsed) == settings_of(kind(ModelSpec("tiny"), attack=PGD(eps="8/255", step_size="4/255", steps=2)))
 
 
 @every_method
@@ -172,7 +194,7 @@ def test_what_extends_tecoa_is_tecoa_without_its_terms(
     name: str, taken: list[str], tiny: ModelSpec, data: MemoryData, tmp_path: Path
 ) -> None:
     """With weight 0 and with the terms taken out: TeCoA's weights after two steps, to the bit (LAAT: with the identity too)."""
-    settings = {"text_transform": None} if name == "laat" else {}
+    settings = {"text_transform": TextTransformSpec()} if name == "laat" else {}
 
     def after_two_steps(which: str, **more: object) -> dict[str, Tensor]:
         method = build(which, tiny, **more)
