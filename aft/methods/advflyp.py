@@ -45,8 +45,12 @@ class AdvFLYP(LearningFromCaptions):
         Xing et al., "Finetune Like You Pretrain: Boosting Zero-shot Adversarial Robustness in Vision-language Models", CVPR 2026
         Findings, arXiv 2604.11576.
 
-    Where the released code differs (read in its repository): the README divides eps by 256, the code by 255; the frozen branch builds a
-    graph that nobody uses. Its clean branch has a gradient, as here.
+    Where the released code differs (read in its repository):
+        * a caption is true of its own image alone; here equal captions are true of each other's images, and drawn ones of every class that
+          has the phrase;
+        * the README divides eps by 256, the code by 255; the frozen branch builds a graph that nobody uses;
+        * it stops when robust accuracy on Tiny-ImageNet has not risen for 10 epochs; here a run has its length.
+        Its clean branch has a gradient, and distances of features are not squared, as here.
     """
 
     method: ClassVar[str] = "advflyp"

@@ -44,7 +44,13 @@ class FARE(AdversarialFineTuning):
         * it runs the student on the clean images in every step, with a graph that is not used;
         * its scheduler steps after the optimiser, so the first step has the full learning rate;
         * its APGD in training normalises the embedding, against the formula;
-        * its defaults (warm-up 14,000, batch 256, APGD) are not those of its README.
+        * its PGD has a momentum of 0.9 over signs, which for L-inf changes nothing; NaN in a gradient becomes zero; the last point is
+          taken, not the best (as here);
+        * the original model has OpenAI's weights whatever the student has, and is a ViT-B/32 or ViT-L/14: its own LAION and ConvNeXt
+          models cannot be made by it;
+        * it runs in fp32 without autocast;
+        * its defaults (warm-up 14,000, batch 256, APGD) are not those of its README;
+        * the student's own clean embedding as the target (``--trades``) and a share of a clean loss can be chosen; here a term does that.
     """
 
     method: ClassVar[str] = "fare"

@@ -44,8 +44,16 @@ class LAAT(TeCoA):
     Where this differs: LAAT trains small networks from scratch (Conv4-512, ResNet-12), with logits that are plain cosines
     (``logit_scale: 1``). Here it fine-tunes CLIP's image tower, as later papers compare it, at the scale that is set: with 1,000 classes
     and scale 1 the cross-entropy cannot fall below 4.9 even where every cosine is perfect.
-    Where the released code differs (read in its repository): the best checkpoint is chosen on test classes; new classes that lie far from
-    the mean direction fold back from 180 degrees on, without a guard.
+    Text goes through :class:`~aft.clip.text_transform.Expansion` unless ``text_transform`` says otherwise (``{name: identity}`` for none).
+
+    Where the released code differs (read in its repository, MIT licence):
+        * the best checkpoint is chosen on test classes;
+        * new classes that lie far from the mean direction fold back from 180 degrees on, without a guard;
+        * the learning rate falls once, at epoch 60: its second fall is behind a branch that is never reached;
+        * adversarial weight perturbation, off by default, is the one of another loss than this one; here there is none;
+        * the width of 512 is fixed, and its check of unit length lacks an absolute value;
+        * AutoAttack asks for 9 target classes in 5-way tests, where there are 4;
+        * minus the target's cosine, an angle or a squared distance can be chosen in place of the cross-entropy.
     """
 
     method: ClassVar[str] = "laat"

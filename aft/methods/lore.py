@@ -101,7 +101,7 @@ class LORE(FARE):
 
     Reference:
         Khodabandeh et al., "LORE: Lagrangian-Optimized Robust Embeddings for Visual Encoders", arXiv 2505.18884. The formulation is from
-        memory, and no code was found: margin, network and all settings are ours.
+        memory, and no code was found: margin, network and all settings are ours. Its extension to labels is not built.
     """
 
     method: ClassVar[str] = "lore"

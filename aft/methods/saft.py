@@ -49,6 +49,9 @@ class SAFT(TeCoA):
     Reference:
         "Semantic-aware Adversarial Fine-tuning for CLIP", arXiv 2602.12461 (MIT licence). There, language models write the five
         descriptions of a class; here the data set gives them.
+
+    Where the released code differs (read in its repository): its attack, with frozen weights, in eval mode and outside autocast, takes the
+    mean of the batch; here the sum. That training averages over the descriptions, too, is our reading of it.
     """
 
     method: ClassVar[str] = "saft"

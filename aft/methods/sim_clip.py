@@ -62,7 +62,13 @@ class SimCLIP(AdversarialFineTuning):
     Where the released code differs (read in its repository; ``configs/methods/sim_clip_released.yaml`` does as it does):
         * the clean branch is the *frozen* model, so there is no Siamese pair, and the second half has no gradient: what remains is half the
           cosine to the frozen clean embedding;
-        * the attack maximises the squared distance to that embedding, not the cosine.
+        * the attack maximises the squared distance to that embedding, not the cosine;
+        * a variant takes the frozen embedding from another augmentation of the image; here there is one view;
+        * its sources disagree on the optimiser: the README has AdamW with 1e-3 and a decay of 1e-5, the script SGD with the same, a
+          commented line AdamW with 1e-5 and 1e-4; the module that the README starts does not exist.
+
+    There is no predictor between the two halves, so holding one side constant in turn halves the gradient of the cosine and changes nothing
+    else.
     """
 
     method: ClassVar[str] = "sim_clip"

@@ -21,9 +21,17 @@ class TeCoA(AdversarialFineTuning):
     Where the released code differs (read in its repository):
         * it encodes all class texts anew at each attack step; here they are encoded once;
         * its attack calls ``.backward()`` after ``zero_grad()``, so attack gradients add to the weights' own; not here;
-        * the attack runs with the tower in training mode; here in eval mode (the same for a ViT without dropout);
-        * fp16 autocast with a mean-reduced loss and no scaling; here the loss is summed and logits are fp32;
-        * it chooses the best checkpoint by test sets; here by a part of the training set.
+        * the attack runs with the tower in training mode, which moves a ResNet's BatchNorm statistics; here in eval mode (the same for a
+          ViT without dropout); its arguments ``restarts`` and ``early_stop`` do nothing;
+        * fp16 autocast with a mean-reduced loss and no scaling of the image's gradient; here the loss is summed and logits are fp32;
+        * the optimiser steps on fp32 weights through a gradient scaler; the logit scale is clamped to 100 though nothing trains it;
+        * images are enlarged by bicubic interpolation without antialiasing, whose kernel is another one than ours with it; its constants
+          named after CIFAR-100 are CLIP's mean and standard deviation;
+        * the learning rate is 1e-7 unless told otherwise (the paper's 1e-5 is from memory), eps 2/255 with 5 steps where the README has
+          1/255 with 2, and the step size is a whole number of grey levels;
+        * it chooses the best checkpoint by test sets, of which it sees every 20th batch alone; here by a part of the training set;
+        * as published, fine-tuning does not start (a mis-indented line), and installing overwrites files of two packages.
+        (RobustVLM's TeCoA is another recipe: AdamW with 1e-5, 10 attack steps, scale 100, other class names; see ``docs/methods.md``.)
     """
 
     method: ClassVar[str] = "tecoa"

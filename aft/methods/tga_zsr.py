@@ -99,11 +99,16 @@ class TGAZSR(TeCoA):
         arXiv 2410.21802. Comp-TGA: "Complementary Text-Guided Attention for Zero-Shot Adversarial Robustness", arXiv 2603.18598.
 
     Where the released code differs (read in its repository; ``configs/methods/tga_zsr_released.yaml``: ``axis: token``):
-        * tokens are divided by each channel's norm over all tokens, the class token included, so the map holds no cosines. (Here the
-          class token is left out of that norm: a difference that stays.)
-        * the min-max has no guard, so a constant map gives NaN;
-        * Comp-TGA seeds torch in every step, so that the attack's random start is always the same; maps are enlarged with antialiasing;
-        * as published it does not run: a misspelt logit scale, a missing import, calls with wrong arguments.
+        * tokens are divided by each channel's norm over all tokens, the class token included, so the map holds no cosines; the ports of
+          AGFT and AdvFLYP do the same. (Here the class token is left out of that norm: a difference that stays.)
+        * the min-max has no guard, so a constant map gives NaN; its gradient runs through minimum and maximum (here, too);
+        * Comp-TGA seeds torch in every step, so that the attack's random start is always the same; maps are enlarged with antialiasing,
+          and its texts are multiplied by the logit scale, which the min-max takes out again;
+        * the frozen model's maps are computed with a graph that nobody uses; ``--arch`` changes nothing, the tower is always a ViT-B/32;
+        * ImageNet's texts are kept in a file by the number of classes alone, in fp16, whatever template and model;
+        * L1 and cosine in place of the distance, and GradCAM maps, can be chosen; here only what the paper reports;
+        * as published it does not run: a misspelt logit scale, a missing import, calls with wrong arguments;
+        * its TeCoA for comparison has a tenth of its learning rate (1e-5 against 1e-4); the last epoch is taken, none is chosen.
         * AGFT's port swaps the two weights and takes a mean absolute difference: another loss.
     """
 
