@@ -38,7 +38,9 @@ def test_the_worked_example_of_expansion() -> None:
     """Angles 30 and 20 become 90 and 60; a new class at 25 becomes 75, one at 40 goes past 90; azimuths stay."""
     transform = expansion()
     expected = [[1, 0, 0], [-1, 0, 0], [0, 0.75**0.5, 0.5], [0, -(0.75**0.5), 0.5]]
-    torch.testing.assert_close(transform(TRAIN), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-7)
+    wide = transform(TRAIN)
+    torch.testing.assert_close(wide, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-7)
+    assert [round(float(wide[i] @ wide[j]), 6) for i, j in ((0, 1), (0, 2), (2, 3))] == [-1, 0, -0.5]
     new = torch.tensor([polar(25, 45)], dtype=torch.float64)
     torch.testing.assert_close(transform(new)[0], torch.tensor([0.683013, 0.683013, 0.258819], dtype=torch.float64), rtol=0, atol=1e-6)
     with pytest.warns(UserWarning, match="1 of 1 class texts lie farther"):
@@ -62,6 +64,7 @@ def test_rows_need_not_be_unit_vectors_and_angles_scale() -> None:
     transform = Expansion(3).double()
     transform.fit(unit)
     assert float(transform.get_buffer("gain")) == pytest.approx(3.387910, abs=1e-5)
+    torch.testing.assert_close(transform(unit)[0], torch.tensor([1.0, 0, 0], dtype=torch.float64), rtol=0, atol=1e-6)
     torch.testing.assert_close(transform(unit)[2], torch.tensor([0, 0.737908, 0.674901], dtype=torch.float64), rtol=0, atol=1e-6)
 
 

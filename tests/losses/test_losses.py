@@ -56,4 +56,6 @@ def test_limits() -> None:
     """A perfect answer costs nothing, an even one the log of the number of classes."""
     assert float(alignment(torch.eye(4) * 1e4, torch.arange(4))) == 0.0
     assert float(alignment(torch.zeros(2, 7), torch.tensor([0, 6]))) == pytest.approx(math.log(7))
+    perfect = 2 * torch.eye(1000)[:1] - 1  # the best cosines at scale 1: LAAT's docstring says what is left
+    assert float(alignment(perfect, torch.tensor([0]))) == pytest.approx(math.log(1 + 999 * math.exp(-2)), rel=1e-5)
     assert float(caption_contrast(torch.zeros(5, 5), torch.eye(5, dtype=torch.bool))) == pytest.approx(math.log(5))

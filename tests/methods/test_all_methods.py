@@ -71,16 +71,24 @@ def test_a_name_alone_in_yaml_is_the_method(kind: type[AdversarialFineTuning]) -
 @every_method
 @pytest.mark.parametrize("steps", [1, 3])
 def test_encoder_calls_of_a_step(name: str, steps: int, tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
-    """DESIGN section 10: k + trained + frozen forwards of image towers, the teacher's among them; no text forward inside the attack."""
-    method = ready(name, tiny, data, tmp_path, attack=PGD(eps="8/255", step_size="4/255", steps=steps))
-    student, texts = Calls(method.model.visual), Calls(method.model.clip.transformer)
-    teacher = Calls(method._teacher[0].visual) if method._teacher else None
-    targets, views = opened(method, data)
-    for term in method.terms.values():
-        term(targets, views)
+    """DESIGN section 10, in two steps of a real run: k + trained + frozen forwards of image towers a step, the teacher's among them.
+
+    The text tower runs once for each list of texts, at the start, and once a step where captions are drawn: never inside the attack.
+    """
+    method = build(name, tiny, attack=PGD(eps="8/255", step_size="4/255", steps=steps))
+    student, texts, teachers, begin = Calls(method.model.visual), Calls(method.model.clip.transformer), list[Calls](), method.on_fit_start
+
+    def watched() -> None:
+        begin()
+        teachers.extend(Calls(teacher.visual) for teacher in method._teacher)
+
+    method.on_fit_start = watched  # type: ignore[method-assign]
+    make_trainer(tmp_path, limit_val_batches=0).fit(method, datamodule=data)
     recipe = RECIPES[name]
-    assert student.count + (teacher.count if teacher else 0) == steps + recipe.forwards
-    assert texts.count <= {"saft": 5, "comp_tga": 2, "advflyp": 2}.get(name, 1)
+    teacher = sum(calls.count for calls in teachers)
+    assert student.count + teacher == 2 * (steps + recipe.forwards) and student.rows == 8 * student.count
+    assert teacher == (2 if "teacher_clean" in method.needs or "teacher_adversarial" in method.needs else 0)
+    assert texts.count == {"comp_tga": 2, "saft": 3, "advflyp": 3}.get(name, 1)
 
 
 @every_method
@@ -161,14 +169,13 @@ def test_fit_resume_validate_evaluate(name: str, tiny: ModelSpec, data: MemoryDa
         assert torch.equal(value, expected), key
     (logged,) = make_trainer(tmp_path).validate(resumed, datamodule=data, verbose=False)
     assert 0 <= logged["val/robust_accuracy"] <= logged["val/clean_accuracy"] <= 1
-    if name in ("tecoa", "laat", "tima", "fare"):  # the others save nothing that these do not
-        checkpoint = tmp_path / "resumed" / "last.ckpt"
-        assert load_model(ModelSpec(pretrained=str(checkpoint))).record.method == RECIPES[name].kind.method
-        settings = {"weights": checkpoint, "n": 20, "eps": "[2/255]", "protocols": "[pgd]", "steps": 2, "out": tmp_path / "eval"}
-        told = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-        eval_command.main(["-c", "configs/data/sample.yaml", *told])
-        (card,) = (json.loads(path.read_text()) for path in (tmp_path / "eval" / "cards").rglob("*.json"))
-        assert card["model"]["method"] == RECIPES[name].kind.method and card["status"] == "complete"
+    checkpoint = tmp_path / "resumed" / "last.ckpt"
+    assert load_model(ModelSpec(pretrained=str(checkpoint))).record.method == RECIPES[name].kind.method
+    settings = {"weights": checkpoint, "n": 20, "eps": "[2/255]", "protocols": "[pgd]", "steps": 2, "out": tmp_path / "eval"}
+    told = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    eval_command.main(["-c", "configs/data/sample.yaml", *told])
+    (card,) = (json.loads(path.read_text()) for path in (tmp_path / "eval" / "cards").rglob("*.json"))
+    assert card["model"]["method"] == RECIPES[name].kind.method and card["status"] == "complete"
 
 
 @every_method
@@ -193,15 +200,18 @@ def test_every_method_trains_a_resnet(name: str, data: MemoryData, tmp_path: Pat
 def test_what_extends_tecoa_is_tecoa_without_its_terms(
     name: str, taken: list[str], tiny: ModelSpec, data: MemoryData, tmp_path: Path
 ) -> None:
-    """With weight 0 and with the terms taken out: TeCoA's weights after two steps, to the bit (LAAT: with the identity too)."""
-    settings = {"text_transform": TextTransformSpec()} if name == "laat" else {}
+    """With weight 0 and with the terms taken out: TeCoA's weights after two steps, to the bit.
+
+    LAAT: with the identity for its texts, too, and at its own scale of 1."""
+    scale = {"logit_scale": 1.0} if name == "laat" else {}
+    settings: dict[str, object] = {**scale, "text_transform": TextTransformSpec()} if scale else {}
 
     def after_two_steps(which: str, **more: object) -> dict[str, Tensor]:
         method = build(which, tiny, **more)
         make_trainer(tmp_path, limit_val_batches=0).fit(method, datamodule=data)
         return method.model.clip.state_dict()
 
-    expected = after_two_steps("tecoa")
+    expected = after_two_steps("tecoa", **scale)
     for terms in ({term: None for term in taken}, {term: {"weight": 0.0} for term in taken}):
         found = after_two_steps(name, terms=terms, **settings)
         assert all(torch.equal(found[key], expected[key]) for key in expected)

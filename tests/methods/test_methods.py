@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.plugins import MixedPrecision
 from safetensors.torch import save_file
 from torch.nn import functional
 
+import train
 from aft.attacks import FGSM, PGD
 from aft.batch import Batch
-from aft.clip import ModelSpec, TrainableSpec, weights
-from aft.clip.text_transform import TextTransformSpec
+from aft.clip import ModelSpec, weights
 from aft.errors import AftError, ConfigError, DataError, WeightsError
 from aft.methods import AGFT, FARE, LORE, PMGAFT, SAFT, TGAZSR, TRADES, AdvFLYP, OptimizerSpec, SimCLIP, TeCoA
 from aft.methods.distillation import CleanConsistency, TeacherDistillation
@@ -131,6 +132,17 @@ def test_lores_multiplier_is_saved_and_outside_the_towers_optimiser(tiny: ModelS
     assert not any(id(p) in held for p in term.parameters()) and any("clean_constraint" in key for key in method.state_dict())
 
 
+def test_sim_clip_holds_each_side_constant_in_turn(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """Each side gets the gradient of its own half: with nothing held it would be twice that; with both, none."""
+    method = ready("sim_clip", tiny, data, tmp_path)
+    targets, views = opened(method, data)
+    adversarial, clean = views.adversarial.embedding_BD, views.clean.embedding_BD
+    for side, other in ((adversarial, clean), (clean, adversarial)):
+        (found,) = torch.autograd.grad(method.terms["siamese_cosine"](targets, views), side, retain_graph=True)
+        half = -functional.cosine_similarity(side, other.detach()).mean() / 2
+        torch.testing.assert_close(found, torch.autograd.grad(half, side, retain_graph=True)[0])
+
+
 def test_lores_value_is_the_lagrangian(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
     """Towards the tower ``m c``, towards the multiplier ``-c``: by finite differences of the two parts."""
     method = ready("lore_scalar", tiny, data, tmp_path)
@@ -190,28 +202,31 @@ def test_comp_tga_is_not_tga(tiny: ModelSpec, data: MemoryData, tmp_path: Path) 
     assert float(map_BS.min()) >= 0 and float(map_BS.max()) <= 1
 
 
-COMBINATIONS: dict[str, dict[str, Any]] = {
-    "tga_zsr over low-rank updates with expanded texts": {
-        "name": "tga_zsr", "trainable": TrainableSpec("lora", rank=2), "text_transform": {"name": "expansion"}},
-    "fare with attention refinement": {"name": "fare", "terms": {"attention_refinement": {"weight": 0.5}}},
-    "agft with a constraint and smoothness on the last block": {
-        "name": "agft", "trainable": TrainableSpec("last"),
-        "terms": {"clean_constraint": {"dual": "scalar"}, "smoothness": {"weight": 0.1}}},
+COMBINATIONS = {
+    "TGA-ZSR over low-rank updates with expanded texts":
+        "{class_path: aft.methods.TGAZSR, init_args: {trainable: {name: lora, rank: 2}, text_transform: {name: expansion}}}",
+    "FARE with attention refinement":
+        "{class_path: aft.methods.FARE, init_args: {terms: {attention_refinement: {weight: 0.5}}}}",
+    "AGFT with a constraint and smoothness on the last block":
+        "{class_path: aft.methods.AGFT, init_args: {trainable: {name: last}, terms: {clean_constraint: {dual: scalar}, "
+        "smoothness: {weight: {start: 0.1, end: 0.0, steps: 9}}}}}",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
-def test_combinations_that_no_paper_has_train(combination: str, tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
-    """Any term over any method, any trainable, any text transformation, in settings alone; every term has a finite value."""
-    settings = dict(COMBINATIONS[combination])
-    if "text_transform" in settings:
-        settings["text_transform"] = TextTransformSpec(**settings["text_transform"])
-    method = build(settings.pop("name"), tiny, **settings)
-    trainer = make_trainer(tmp_path, limit_val_batches=0)
-    trainer.fit(method, datamodule=data)
-    logged = trainer.callback_metrics
-    for term in method.terms:
-        assert torch.isfinite(logged[f"train/{term}"])
+def test_combinations_that_no_paper_has_train_from_yaml_alone(combination: str, tmp_path: Path) -> None:
+    """Any term over any method, any trainable, any text transformation, through train.py; every term has a finite value."""
+    model = yaml.safe_load(COMBINATIONS[combination])
+    attack = {"class_path": "aft.attacks.PGD", "init_args": {"eps": "8/255", "step_size": "4/255", "steps": 2}}
+    model["init_args"] |= {"clip": {"name": "tiny"}, "attack": attack}
+    trainer = {"max_steps": 2, "accelerator": "cpu", "limit_val_batches": 0, "default_root_dir": str(tmp_path / "run")}
+    data = {"class_path": "datamodules.Sample", "init_args": {"batch_size": 8, "holdout": 0}}
+    settings = {"model": model, "data": data, "trainer": trainer, "checkpoint": {"monitor": None}}
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump(settings))
+    done = train.main(["fit", "-c", str(tmp_path / "mix.yaml")])
+    assert done.trainer.global_step == 2 and len(done.model.terms) >= 2
+    for term in done.model.terms:
+        assert torch.isfinite(done.trainer.callback_metrics[f"train/{term}"])
 
 
 @pytest.mark.parametrize(("term", "settings", "message"), [
