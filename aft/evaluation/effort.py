@@ -62,9 +62,9 @@ def full_forwards(card: Card) -> float | None:
 def forwards_of(attack: Mapping[str, Any]) -> int:
     """Forwards of one attack that breaks nothing: ``steps + 1`` for each restart and target (``steps`` where the last iterate counts),
     and one more for the clean logits of a targeted attack."""
-    steps = int(attack["steps"]) + (attack["keep"] == "best")
+    steps = int(attack["steps"]) + int(attack["keep"] == "best")
     times = int(attack["restarts"]) * int(attack["eot"]) * int(attack["target"] or 1)
-    return steps * times + (attack["target"] is not None)
+    return steps * times + int(attack["target"] is not None)
 
 
 def pace(cards: Sequence[Card]) -> Pace | None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -166,7 +167,17 @@ def damage(root: Path) -> None:
         path.write_bytes(b"\xff\xd8 no image")
 
 
+def high_label(root: Path) -> None:
+    """A label that no class has."""
+    from scipy.io import savemat
+
+    labels = [*range(1, 196), 197]
+    notes = np.array([(label, f"{place:05d}.jpg") for place, label in enumerate(labels, 1)], dtype=[("class", "O"), ("fname", "O")])
+    savemat(root / "stanford_cars" / "cars_test_annos_withlabels.mat", {"annotations": notes})
+
+
 WRONG = [
+    ("stanford_cars", high_label, "has the labels .196., outside of its 196 classes"),
     ("imagenet_a", rename_folder, "are not those of ImageNet-A: missing n01498041; unknown n99999999. Name other folders in a classes."),
     ("caltech101", remove_folder, "has 100 class folders where Caltech-101 has 101"),
     ("imagenet_a", empty_folder, "1 class folders of .* hold no image .n01614925."),
