@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,12 @@ def damage(root: Path) -> None:
         path.write_bytes(b"\xff\xd8 no image")
 
 
+def unlisted_class(root: Path) -> None:
+    """A folder that the list of classes does not name."""
+    path = root / "SUN397" / "ClassName.txt"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+
+
 def high_label(root: Path) -> None:
     """A label that no class has."""
     from scipy.io import savemat
@@ -184,6 +191,7 @@ WRONG = [
     ("eurosat", other_names, "classes file .*classes.json' names no class for 1 folders .AnnualCrop."),
     ("oxford_pets", half_the_names, "has 36 classes where Oxford-IIIT Pet has 37"),
     ("tiny_imagenet32", larger_images, "are 64 x 64 pixels where Tiny-ImageNet at 32 px has 32 x 32"),
+    ("sun397", unlisted_class, "torchvision's SUN397 cannot be opened in .* .'place_000/indoor'."),
     ("dtd", damage, "3 of 47 images are damaged: .* At most a share of 0.01 is skipped"),
 ]
 
@@ -198,6 +206,17 @@ def test_what_does_not_fit_is_refused_and_named(name, spoil, message, tmp_path, 
         the_one(tmp_path, name)
     with pytest.raises(DataError, match=f"no set of the zero-shot suite can be read(.|\n)*  {name}: .*{message}"):
         ZeroShotSuite(str(tmp_path)).evaluation_sets("test")
+
+
+def test_a_package_that_torchvision_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flowers-102 is read with scipy; without it the set cannot be read, and the others can."""
+    for name in ("flowers102", "dtd"):
+        BUILD[name](tmp_path, monkeypatch)
+    for module in ("scipy", "scipy.io"):
+        monkeypatch.setitem(sys.modules, module, None)
+    suite = ZeroShotSuite(str(tmp_path), image_size=8)
+    assert [one.name for one in suite.evaluation_sets("test")] == ["dtd"]
+    assert [one.id for one in suite.missing if one.unreadable and "scipy" in one.reason] == ["flowers102"]
 
 
 def test_a_few_damaged_images_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
