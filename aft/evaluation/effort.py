@@ -113,8 +113,8 @@ def lines(labelled: Sequence[Labelled], label_spaces: Sequence[str], sizes: Mapp
 
     def told(images: int) -> str:
         """As measured, and if no image or every image were robust."""
-        guess, *ends = (sum(one.seconds(images, share) for one in found) for share in (None, 0.0, 1.0))
-        return f"{span(guess)} ({span(min(ends))} to {span(max(ends))})"
+        guess, least, most = (sum(one.seconds(images, share) for one in found) for share in (None, 0.0, 1.0))
+        return span(guess) + (f" ({span(least)} to {span(most)})" if most > least else "")
 
     rates = " to ".join(dict.fromkeys(f"{rate:,.0f}" for rate in (min(p.rate for p in found), max(p.rate for p in found))))
     head = f"the {len(others)} other sets, at {rates} forwards a second and the share of robust images measured here (none to all robust):"
