@@ -2,7 +2,8 @@
 
     python eval.py evaluate -c configs/eval/quickstart.yaml     (evaluate is the default and may be left out)
     python eval.py curve -c configs/eval/curve.yaml --robust.pretrained FILE
-    python eval.py report --cards runs/eval/cards
+    python eval.py report results/ runs/*
+    python eval.py report runs/new --against runs/old
     python eval.py external --card FILE --robust_accuracy 0.12 --source "whose attack"
 
 ``python eval.py evaluate -h`` (``curve -h``, ``report -h``, ``external -h``) lists all settings.
@@ -10,13 +11,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
 import time
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,20 +28,25 @@ from lightning import LightningDataModule
 
 from aft.attacks.threat_model import Norm, pixel_fraction, radius_text
 from aft.batch import EvaluationSet, SuiteData
-from aft.cards import lowered, read, with_external, write, write_whole
+from aft.cards import read, with_external, write, write_whole
 from aft.clip import ModelSpec, ZeroShotModel, load_model
 from aft.clip.merge import interpolate
 from aft.clip.weights import named
 from aft.errors import AftError, ConfigError, RunError, unknown_name
 from aft.evaluation import Cell, Classification, Place, Protocol, evaluate, first, plan, report, robustbench, zero_shot
+from aft.evaluation.collect import collect
+from aft.evaluation.compare import compare
 from aft.evaluation.judge import Survivors
-from aft.evaluation.picture import draw, draw_curve
+from aft.evaluation.pages import Content, again, attacked, kept, picture, publish
+from aft.evaluation.pages.build import as_shown
+from aft.evaluation.picture import draw_curve
 from aft.evaluation.place import now_and_then, torch_device, use_threads
 from aft.evaluation.published import PUBLISHED
 from aft.evaluation.report import Labelled
 from aft.evaluation.runner import card_path, survivors_of
 from aft.evaluation.subsets import first_of_each
 from aft.settings import defaults_of, in_short
+from datamodules import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,26 +263,37 @@ class Curve(Measurement):
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Shows cards again, as a table, table.csv and accuracy.png.
+    """Shows cards again: a table, report.html (one file that needs nothing else), report.md, table.csv and accuracy.png.
 
     Args:
-        cards: folder, or list of folders, to look for cards in.
-        out: folder for table.csv and accuracy.png; null: beside the first folder of ``cards``.
+        cards: folder, or list of folders, to look for cards in; ``eval.py report FOLDER ...`` gives them too.
+        out: folder for the files; null: the first folder of ``cards``, or the one above it where it is called ``cards``.
+        against: folder, or list of folders, of another report: each figure of both is better, worse, or within the error.
+        examples: weights or names of models to show a short attack on, with the embedded sample; none: images that keep_images kept.
+        trained_on: data sets that are no zero-shot sets: left out of the means over sets.
         robustbench: folder for one JSON file a model and radius, in the form of RobustBench's model entries; null: none.
     """
 
     cards: Path | list[Path] = Path("runs/eval/cards")
     out: Path | None = None
+    against: Path | list[Path] | None = None
+    examples: list[str] = field(default_factory=list)
+    trained_on: list[str] = field(default_factory=lambda: ["tiny_imagenet32", "sample"])
     robustbench: Path | None = None
 
     def run(self, command: str, effective: str) -> list[Labelled]:
         """Reads, shows and returns the cards."""
         folders = self.cards if isinstance(self.cards, list) else [self.cards]
-        found = report.load(folders)
-        publish(found, folders[0].parent if self.out is None else self.out)
+        others = [] if self.against is None else self.against if isinstance(self.against, list) else [self.against]
+        found = collect(folders)
+        comparison = compare(found, collect(others)) if others else None
+        models = [(Path(name).stem if Path(name).exists() else name, load_model(named(name))) for name in self.examples]
+        examples = attacked(models, Sample().evaluation_set("test")) if models else kept(found)
+        content = Content(found, self.trained_on, comparison, ", ".join(map(str, others)), examples)
+        again(content, self.out or (folders[0] if folders[0].is_dir() and folders[0].name != "cards" else folders[0].parent))
         if self.robustbench is not None:
-            print(f"robustbench: {len(robustbench.export(found, self.robustbench))} files below {self.robustbench}")
-        return found
+            print(f"robustbench: {len(robustbench.export(found.labelled, self.robustbench))} files below {self.robustbench}")
+        return found.labelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,29 +322,6 @@ class External:
 COMMANDS: dict[str, type[Evaluate | Curve | Report | External]] = {
     "evaluate": Evaluate, "curve": Curve, "report": Report, "external": External,
 }  # fmt: skip
-
-
-def as_shown(cards: list[Labelled]) -> list[Labelled]:
-    """Each card with the lower of its own robust accuracy and of an external attack's."""
-    return [(label, lowered(card)) for label, card in cards]
-
-
-def publish(cards: list[Labelled], out: Path) -> None:
-    """The table on screen, then ``table.csv`` and ``accuracy.png``."""
-    cards = as_shown(cards)
-    report.show(cards)
-    print(f"table: {report.write_csv(cards, out / 'table.csv')}")
-    if drawn := picture(cards, out / "accuracy.png", draw):
-        print(f"picture: {drawn}")
-
-
-def picture(cards: list[Labelled], path: Path, drawer: Callable[[list[Labelled], Path], Path | None]) -> Path | None:
-    """The picture's path; none where there is nothing to draw, or matplotlib is missing (which is said)."""
-    try:
-        return drawer(cards, path)
-    except RunError as error:
-        print(error)
-        return None
 
 
 def parser_of(name: str) -> ArgumentParser:
@@ -360,6 +356,8 @@ def main(args: list[str] | None = None) -> list[Labelled]:
     if name not in COMMANDS:
         raise ConfigError(unknown_name("command", name, COMMANDS))
     parser = parser_of(name)
+    if folders := list(takewhile(lambda word: name == "report" and not word.startswith("-"), words)):
+        words = ["--cards", json.dumps(folders), *words[len(folders) :]]
     try:
         settings = parser.parse_args(words)
     except ArgumentError as error:

@@ -15,11 +15,9 @@ from rich.table import Table
 from aft import cards
 from aft.attacks.threat_model import radius_text
 from aft.cards import Card
-from aft.errors import DataError
+from aft.evaluation.collect import Labelled as Labelled
+from aft.evaluation.collect import collect
 from aft.evaluation.published import printed
-
-#: A card and the label of its model, which is the name of the card's folder.
-Labelled = tuple[str, Card]
 
 CSV_COLUMNS = (
     "label", "model", "method", "sha256", "data", "split", "label_space", "classes", "n", "protocol", "fidelity", "norm", "eps", "space",
@@ -30,24 +28,12 @@ VERDICT_ORDER = ("suspect", "unchecked", "reliable")
 
 
 def load(folders: Iterable[Path]) -> list[Labelled]:
-    """All cards below some folders, each labelled by the folder it lies in, and by its weights where one folder has several.
+    """All cards below some folders that can be shown, as :func:`aft.evaluation.collect.collect` finds them.
 
     Raises:
-        DataError: there are none, one cannot be read, or two say different things of one cell.
+        DataError: a folder is not there, there are no cards, or two say different things of one cell.
     """
-    found = [path for folder in folders for path in sorted(folder.rglob("*.json"))]
-    if not found:
-        raise DataError(f"no cards below {', '.join(map(str, folders))}: give folders that eval.py evaluate wrote cards to.")
-    labelled = [(path.parent.name, cards.read(path)) for path in found]
-    first: dict[str, tuple[Path, Card]] = {}
-    for path, (_, card) in zip(found, labelled, strict=True):
-        other, before = first.setdefault(card["cell"], (path, card))
-        if any(before[key] != card[key] for key in ("clean_accuracy", "robust_accuracy")):
-            raise DataError(f"{other} and {path} measured the same and differ: keep the one that you trust, or measure again.")
-    weights: dict[str, set[str]] = {}
-    for label, card in labelled:
-        weights.setdefault(label, set()).add(card["model"]["sha256"])
-    return [(f"{label}@{card['model']['sha256'][:6]}" if len(weights[label]) > 1 else label, card) for label, card in labelled]
+    return collect(list(folders)).labelled
 
 
 def eps_text(card: Card) -> str:

@@ -28,6 +28,9 @@ from aft.evaluation.verdict import NEEDS_SIBLINGS, with_verdict
 
 __all__ = ["Cell", "Parts", "Place", "card_path", "evaluate", "finished", "survivors_of"]
 
+#: What ``keep_images`` keeps of each image, in the pixels that were attacked.
+KEPT = ("clean", "adversarial")
+
 
 class Parts:
     """The rows done so far of one cell: a folder of ``.npz`` files, each whole.
@@ -48,11 +51,11 @@ class Parts:
         done = {int(row) for part in self.read() for row in part["row"]}
         return [row for row in rows if row not in done]
 
-    def write(self, verdicts: Verdicts, cost: tuple[int, int, float], images_nCHW: Tensor | None = None) -> None:
-        """Adds a part, named by its rows, so that the same work done twice is one file."""
+    def write(self, verdicts: Verdicts, cost: tuple[int, int, float], images: tuple[Tensor, Tensor] | None = None) -> None:
+        """Adds a part, named by its rows, so that the same work done twice is one file; ``images`` are the clean and adversarial ones."""
         name = f"part-{cards.digest(verdicts['row'].tolist())[:12]}"
-        if images_nCHW is not None:
-            pictures = {"index": verdicts["index"], "adversarial": images_nCHW.cpu().numpy()}
+        if images is not None:
+            pictures = {"index": verdicts["index"], **{key: one.cpu().numpy() for key, one in zip(KEPT, images, strict=True)}}
             cards.write_arrays(self.folder / f"images-{name}.npz", pictures)
         cards.write_arrays(self.folder / f"{name}.npz", {**verdicts, "cost": np.array(cost, np.float64)})
 
@@ -123,7 +126,9 @@ def _one_part(judge: Judge, rows: list[int], parts: Parts, keep_images: bool) ->
     begin = time.perf_counter()
     with Cost(judge.model.visual) as cost:
         verdicts, images_nCHW = judge(rows)
-    parts.write(verdicts, (cost.forwards, cost.backwards, time.perf_counter() - begin), images_nCHW if keep_images else None)
+    spent = (cost.forwards, cost.backwards, time.perf_counter() - begin)
+    kept = (judge.cell.in_space(judge.cell.data.batch(rows).images.to(images_nCHW.device)), images_nCHW) if keep_images else None
+    parts.write(verdicts, spent, kept)
 
 
 def _checked(card: Card) -> int:
