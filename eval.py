@@ -270,7 +270,7 @@ class Report:
         out: folder for the files; null: the first folder of ``cards``, or the one above it where it is called ``cards``.
         against: folder, or list of folders, of another report: each figure of both is better, worse, or within the error.
         examples: weights or names of models to show a short attack on, with the embedded sample; none: images that keep_images kept.
-        trained_on: data sets that are no zero-shot sets: left out of the means over sets.
+        not_zero_shot: data sets that models were trained on: left out of the means over sets.
         robustbench: folder for one JSON file a model and radius, in the form of RobustBench's model entries; null: none.
     """
 
@@ -278,7 +278,7 @@ class Report:
     out: Path | None = None
     against: Path | list[Path] | None = None
     examples: list[str] = field(default_factory=list)
-    trained_on: list[str] = field(default_factory=lambda: ["tiny_imagenet32", "sample"])
+    not_zero_shot: list[str] = field(default_factory=lambda: ["tiny_imagenet32", "sample"])
     robustbench: Path | None = None
 
     def run(self, command: str, effective: str) -> list[Labelled]:
@@ -289,7 +289,7 @@ class Report:
         comparison = compare(found, collect(others)) if others else None
         models = [(Path(name).stem if Path(name).exists() else name, load_model(named(name))) for name in self.examples]
         examples = attacked(models, Sample().evaluation_set("test")) if models else kept(found)
-        content = Content(found, self.trained_on, comparison, ", ".join(map(str, others)), examples)
+        content = Content(found, self.not_zero_shot, comparison, ", ".join(map(str, others)), examples)
         again(content, self.out or (folders[0] if folders[0].is_dir() and folders[0].name != "cards" else folders[0].parent))
         if self.robustbench is not None:
             print(f"robustbench: {len(robustbench.export(found.labelled, self.robustbench))} files below {self.robustbench}")

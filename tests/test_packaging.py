@@ -204,7 +204,7 @@ def test_the_wheel_holds_every_module_of_aft(wheel):
 
 def test_the_wheel_holds_types_weights_and_licence(wheel):
     names = set(wheel)
-    data = {str(p.relative_to(ROOT)) for p in (ROOT / "aft").rglob("*") if p.suffix in {".json", ".safetensors"}}
+    data = {str(p.relative_to(ROOT)) for p in (ROOT / "aft").rglob("*") if p.suffix in {".json", ".safetensors", ".jinja"}}
     info = f"aft-{aft.__version__}.dist-info"
     assert not ({"aft/py.typed", f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} | data) - names
 

@@ -100,6 +100,11 @@ def _card(path: Path) -> Card | None:
     card = cards.validate(content, str(path))
     if card["status"] != "complete":
         raise DataError(f"{path}: status {card['status']}: not all of its images are measured; run its command again to go on.")
+    needed = ("clean", "robust") if card["threat"] is not None else ("clean",)
+    for kind in needed:
+        share, width = card[f"{kind}_accuracy"], card["standard_error"][kind]
+        if not isinstance(share, int | float) or not isinstance(width, int | float):
+            raise DataError(f"{path}: {kind}_accuracy {share!r} with standard error {width!r}: no number; measure it again.")
     return card
 
 

@@ -45,14 +45,14 @@ class Content:
 
     Args:
         found: the cards.
-        trained_on: names of data sets that are no zero-shot sets, left out of means.
+        left_out: data sets that are no zero-shot sets, left out of means.
         comparison: with another report; none where none was asked for.
         against: what the other report is called.
         examples: images with attacks; may be empty.
     """
 
     found: Collection
-    trained_on: Sequence[str] = ()
+    left_out: Sequence[str] = ()
     comparison: Comparison | None = None
     against: str = ""
     examples: Sequence[Examples] = field(default_factory=tuple)
@@ -117,6 +117,12 @@ def page_of(content: Content) -> str:
 
 
 def _rendered(facts: dict[str, Any]) -> str:
+    text: str = _template().render(facts)
+    return text
+
+
+@cache
+def _template() -> Any:
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
@@ -124,13 +130,13 @@ def _rendered(facts: dict[str, Any]) -> str:
     loader = FileSystemLoader(HERE)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": lambda share: f"{100 * share:.1f}", "outcome": lambda one: one.of.outcome.replace(" ", "-")}
-    return environment.get_template("page.html.jinja").render(facts)
+    return environment.get_template("page.html.jinja")
 
 
 def facts_of(content: Content) -> dict[str, Any]:
     """What page and Markdown are filled with."""
     found = content.found
-    groups = groups_of(found.labelled, content.trained_on)
+    groups = groups_of(found.labelled, content.left_out)
     models = list(dict.fromkeys(charts.model_key(row) for group in groups for row in group.rows))
     panels = {group.id: _panels(group, models) for group in groups}
     told = [_card(label, card, path) for (label, card), path in zip(found.labelled, found.paths, strict=True)]
@@ -211,7 +217,7 @@ def _card(label: str, card: Card, path: Path) -> dict[str, Any]:
         "file": "/".join(path.parts[-3:]), "sha": model["sha256"], "eps": eps_text(card),
         "cost": f"{cost['forwards']:,} forwards, {cost['backwards']:,} backwards, {cost['seconds']:,.0f} s on {cost['device']}",
         "versions": ", ".join(f"{name} {version}" for name, version in card["versions"].items() if version),
-        "made": ", ".join(checks.get("made") or []),
+        "told_checks": checks.get("failed") or {}, "made": ", ".join(checks.get("made") or []),
     }  # fmt: skip
 
 

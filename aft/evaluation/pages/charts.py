@@ -111,7 +111,7 @@ def _plane(title: str, eps: str, rows: Sequence[Row], group: Group, models: Sequ
     low = min(100 * (row.clean.share - row.clean.error) for row in rows)
     high = max(100 * (row.clean.share + row.clean.error) for row in rows)
     step = _step(max(high - low, 1))
-    low, high = max(0, step * math.floor(low / step - 0.5)), step * math.ceil(high / step + 0.5)
+    low, high = max(0, step * math.floor(low / step - 0.5)), min(100.0, step * math.ceil(high / step + 0.5))
     top = _nice(max(100 * (one.share + one.error) for row in rows for one in row.robust[eps]))
     x, y = _scale(low, high, LEFT, WIDTH - RIGHT), _scale(0, top, HEIGHT - BOTTOM, TOP)
     panel = Panel(title, "clean accuracy, %", "robust accuracy, %", [(x(v), f"{v:.3g}") for v in _steps(low, high, step)], _y_ticks(top, y))
@@ -157,11 +157,11 @@ def _by_data(group: Group) -> dict[str, list[Row]]:
 
 
 def _line(row: Row, group: Group, models: Sequence[str], points: list[Point]) -> Line:
-    protocols = list(dict.fromkeys(one.protocol for one in group.rows if one.robust))
+    protocols = list(dict.fromkeys(one.attacked_by for one in group.rows if one.robust))
     place = models.index(model_key(row))
-    dash = DASHES[protocols.index(row.protocol) % len(DASHES)]
+    dash = DASHES[protocols.index(row.attacked_by) % len(DASHES)]
     mark = MARKS[(place + place // COLOURS) % len(MARKS)]  # after all colours are used once, they come with other marks
-    return Line(f"{row.label}, {row.protocol}", place % COLOURS, mark, dash, points)
+    return Line(f"{row.label}, {row.attacked_by}", place % COLOURS, mark, dash, points)
 
 
 def _bar_y(at: float, number: Number, y: Callable[[float], float]) -> tuple[float, float, float, float]:
@@ -174,7 +174,8 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
 
 def _nice(value: float) -> float:
     """The end of an axis: the next whole number of steps, at most 100."""
-    step = _step(max(value, 1))
+    value = max(value, 1)
+    step = _step(value)
     return min(100.0, step * math.ceil(value / step))
 
 

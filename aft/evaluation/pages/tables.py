@@ -21,6 +21,8 @@ NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1"}
 MARKS = {"reliable": "✓", "unchecked": "?", "suspect": "!"}
 #: Parts of a card's ``metrics`` that say how it was measured; everything else in there is a further figure.
 KNOWN_METRICS = {"per_class", "largest_class_shares", "attacked", "judged_otherwise", "checks", "spared"}
+#: Numbers among further figures that are none, and how the name of a standard error ends.
+SETTINGS, ERROR = {"n", "bins"}, "standard_error"
 #: The unit of L-inf radii.
 GREY = "1/255"
 #: A mean is taken over so many data sets or more.
@@ -67,7 +69,14 @@ class Number:
 
 @dataclass
 class Row:
-    """One line: a model on a data set under a protocol; ``robust`` by column, several where cards differ in what no column shows."""
+    """One line: a model on a data set under a protocol.
+
+    Args:
+        robust: by column; several where cards differ in what no column shows.
+        over: of a mean, its data sets.
+        side: of the images as they are attacked, pixels; none where nothing is attacked.
+        steps: of the attacks, each number once.
+    """
 
     label: str
     method: str
@@ -80,6 +89,13 @@ class Row:
     clean: Number
     robust: dict[str, list[Number]] = field(default_factory=dict)
     over: tuple[str, ...] = ()
+    side: int | None = None
+    steps: str = ""
+
+    @property
+    def attacked_by(self) -> str:
+        """The protocol with its steps, for keys of pictures."""
+        return f"{self.protocol} ({self.steps} steps)" if self.steps else self.protocol
 
     @property
     def numbers(self) -> list[Number]:
@@ -144,20 +160,20 @@ def worst(verdicts: Iterable[str]) -> str:
     return min(verdicts, key=VERDICT_ORDER.index)
 
 
-def groups_of(labelled: Sequence[Labelled], trained_on: Sequence[str] = ()) -> list[Group]:
+def groups_of(labelled: Sequence[Labelled], left_out: Sequence[str] = ()) -> list[Group]:
     """All cards as tables, those without an attack last; rows of means over zero-shot sets come after the rows that they are made of."""
     by_group: dict[str, list[Labelled]] = {}
     for one in labelled:
         by_group.setdefault(group_title(one[1]), []).append(one)
-    return [_group(title, found, trained_on) for title, found in sorted(by_group.items(), key=lambda item: _group_order(item[1][0][1]))]
+    return [_group(title, found, left_out) for title, found in sorted(by_group.items(), key=lambda item: _group_order(item[1][0][1]))]
 
 
 def group_title(card: Card) -> str:
-    """Task and threat, such as ``classification, L-inf on native pixels at 32 px``."""
+    """Task and threat, such as ``classification, L-inf on native pixels``; the size of the images stands beside the data set."""
     threat, task = card["threat"], str(card["task"]).replace("_", " ")
     if threat is None:
         return f"{task}, clean images"
-    return f"{task}, {NORMS.get(threat['norm'], threat['norm'])} on {threat['space']} pixels at {threat['resolution']} px"
+    return f"{task}, {NORMS.get(threat['norm'], threat['norm'])} on {threat['space']} pixels"
 
 
 def _group_order(card: Card) -> tuple[Any, ...]:
@@ -165,7 +181,7 @@ def _group_order(card: Card) -> tuple[Any, ...]:
     return card["task"] != "classification", card["task"], threat is None, *((threat["norm"] != "linf", threat["norm"]) if threat else ())
 
 
-def _group(title: str, found: Sequence[Labelled], trained_on: Sequence[str]) -> Group:
+def _group(title: str, found: Sequence[Labelled], left_out: Sequence[str]) -> Group:
     radii = sorted({(card["threat"]["eps"], eps_text(card)) for _, card in found if card["threat"] is not None})
     grey = all(card["threat"] is None or card["threat"]["norm"] == "linf" for _, card in found)
     columns = {text: eps * (255 if grey else 1) for eps, text in radii}
@@ -175,13 +191,14 @@ def _group(title: str, found: Sequence[Labelled], trained_on: Sequence[str]) -> 
         row.top = max(filter(lambda share: share is not None, (row.top, card["largest_class_share"])), default=None)
         if card["threat"] is not None and (number := number_of(label, card, "robust")):
             row.robust.setdefault(eps_text(card), []).append(number)
-    means, notes = _means([card for _, card in found], list(rows.values()), trained_on)
+    means, notes = _means([card for _, card in found], list(rows.values()), left_out)
     return Group(title, columns, GREY if grey else "pixel range", [*rows.values(), *means], notes)
 
 
 def _row_key(label: str, card: Card) -> str:
     attacks = [{name: value for name, value in attack.items() if name != "n"} for attack in card["attacks"]]
-    return digest([label, card["model"]["sha256"], method_of(card), card["data"], card["protocol"], attacks])
+    side = card["threat"] and card["threat"]["resolution"]
+    return digest([label, card["model"]["sha256"], method_of(card), card["data"], card["protocol"], attacks, side])
 
 
 def method_of(card: Card) -> str:
@@ -192,8 +209,12 @@ def method_of(card: Card) -> str:
 def _row(label: str, card: Card) -> Row:
     clean = number_of(label, card, "clean")
     assert clean is not None
-    return Row(label, method_of(card), card["model"]["sha256"], data_words(card), printed(card["protocol"]), card["data"]["n"],
-               card["chance"], card["largest_class_share"], clean)  # fmt: skip
+    data, threat = card["data"], card["threat"]
+    return Row(
+        label, method_of(card), card["model"]["sha256"], data_words(card), printed(card["protocol"]), data["n"], card["chance"],
+        card["largest_class_share"], clean, side=threat and threat["resolution"],
+        steps=", ".join(dict.fromkeys(str(attack["steps"]) for attack in card["attacks"])),
+    )  # fmt: skip
 
 
 def number_of(label: str, card: Card, kind: str) -> Number | None:
@@ -207,21 +228,21 @@ def number_of(label: str, card: Card, kind: str) -> Number | None:
     return Number(share, error, card["data"]["n"], verdict["status"], tuple(verdict["failed_checks"]), anchor(label, card), outside)
 
 
-def _means(found: Sequence[Card], rows: Sequence[Row], trained_on: Sequence[str]) -> tuple[list[Row], list[str]]:
+def _means(found: Sequence[Card], rows: Sequence[Row], left_out: Sequence[str]) -> tuple[list[Row], list[str]]:
     """For each model and protocol the mean over the zero-shot sets, where every one of them was measured; and what must be known of it."""
     names = {data_words(card): card["data"]["name"] for card in found if card["data"]["label_space"] == "all"}
-    sets = {text for text, name in names.items() if name not in trained_on}
-    left_out = sorted({name for name in names.values() if name in trained_on})
+    sets = {text for text, name in names.items() if name not in left_out}
+    absent = sorted({name for name in names.values() if name in left_out})
     if len(sets) < FEWEST_SETS:
         return [], []
-    models: dict[tuple[str, str, str, str], dict[str, Row]] = {}
+    models: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        by_set = models.setdefault((row.label, row.sha256, row.method, row.protocol), {})
+        by_set = models.setdefault((row.label, row.sha256, row.method, row.attacked_by), {})
         if row.data in sets and (row.data not in by_set or row.n > by_set[row.data].n):
             by_set[row.data] = row
     whole = [list(by_set.values()) for by_set in models.values() if by_set.keys() == sets]
     notes = [f"Mean: over the {len(sets)} data sets {', '.join(sorted(sets))}, each with the same weight"
-             + (f"; {', '.join(left_out)} is left out, since it was trained on" if left_out else "")
+             + (f"; {', '.join(absent)} left out, since models were trained on it" if absent else "")
              + ". Its standard error is sqrt(sum of squares) / sets. Models that lack a set have no mean."]  # fmt: skip
     return [_mean_row(of_model) for of_model in whole], notes
 
@@ -231,7 +252,8 @@ def _mean_row(rows: Sequence[Row]) -> Row:
     first, n = rows[0], sum(row.n for row in rows)
     robust = {eps: [_mean([row.robust[eps][0] for row in rows])] for eps in shared}
     clean, over = _mean([row.clean for row in rows]), tuple(sorted(row.data for row in rows))
-    return Row(first.label, first.method, first.sha256, f"mean of {len(rows)} sets", first.protocol, n, None, None, clean, robust, over)
+    name = f"mean of {len(rows)} sets"
+    return Row(first.label, first.method, first.sha256, name, first.protocol, n, None, None, clean, robust, over, steps=first.steps)
 
 
 def _mean(numbers: Sequence[Number]) -> Number:
@@ -244,27 +266,29 @@ def _mean(numbers: Sequence[Number]) -> Number:
 
 
 def metrics_of(labelled: Sequence[Labelled]) -> list[Metric]:
-    """All further figures of the cards, whatever their names: each number in ``metrics`` that does not say how it was measured."""
+    """All further figures of the cards, whatever their names: each number in ``metrics`` that does not say how it was measured.
+
+    Beside a number ``NAME``, ``NAME_standard_error`` is its error, and ``n`` is of what all numbers of its dictionary are shares.
+    """
     told = []
     for label, card in labelled:
         extra = {name: value for name, value in card["metrics"].items() if name not in KNOWN_METRICS}
         protocol = printed(card["protocol"]) + (f" {eps_text(card)}" if card["threat"] else "")
-        for name, value, error in _leaves(extra):
-            where, verdict = (label, method_of(card), data_words(card), protocol), card["verdict"]["status"]
-            told.append(Metric(*where, name, value, error, card["data"]["n"], verdict, anchor(label, card)))
+        where, verdict = (label, method_of(card), data_words(card), protocol), card["verdict"]["status"]
+        for name, value, error, n in _leaves(extra, card["data"]["n"]):
+            told.append(Metric(*where, name, value, error, n, verdict, anchor(label, card)))
     return told
 
 
-def _leaves(part: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, float, float | None]]:
-    """Name, value and standard error of every number in nested dictionaries."""
+def _leaves(part: Mapping[str, Any], n: int, before: str = "") -> Iterable[tuple[str, float, float | None, int]]:
+    """Name, value, standard error and n of every number in nested dictionaries."""
+    n = part.get("n", n)
     for name, value in part.items():
         whole = f"{before} {name}".strip().replace("_", " ")
-        if isinstance(value, Mapping) and isinstance(value.get("value"), int | float):
-            yield whole, float(value["value"]), value.get("standard_error")
-        elif isinstance(value, Mapping):
-            yield from _leaves(value, whole)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield whole, float(value), None
+        if isinstance(value, Mapping):
+            yield from _leaves(value, n, whole)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and name not in SETTINGS and not name.endswith(ERROR):
+            yield whole, float(value), part.get(f"{name}_{ERROR}"), n
 
 
 def _check_order(name: str) -> tuple[int, str]:
