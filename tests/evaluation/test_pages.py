@@ -298,7 +298,8 @@ def test_pictures_stand_at_the_edge(clean, robust, tmp_path):
 
     stored(tmp_path, "m", made_up(clean, robust))
     (group,) = groups_of(collect([tmp_path]).labelled)
-    for panel in charts.curves(group, [charts.model_key(group.rows[0])]) + charts.clean_and_robust(group, [charts.model_key(group.rows[0])]):
+    models = [charts.model_key(group.rows[0])]
+    for panel in charts.curves(group, models) + charts.clean_and_robust(group, models):
         assert len(panel.x_ticks) >= 2 and len(panel.y_ticks) >= 3
         for line in panel.lines:
             for point in line.points:

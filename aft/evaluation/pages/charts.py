@@ -119,7 +119,7 @@ def _plane(title: str, eps: str, rows: Sequence[Row], group: Group, models: Sequ
         at, clean, points = x(100 * row.clean.share), row.clean, []
         for one in row.robust[eps]:
             height = y(100 * one.share)
-            across = (x(100 * (clean.share - clean.error)), height, x(100 * (clean.share + clean.error)), height)
+            across = (x(100 * max(0, clean.share - clean.error)), height, x(100 * min(1, clean.share + clean.error)), height)
             points.append(Point(at, height, [_bar_y(at, one, y), across], f"robust {_said(one)}; clean {_said(clean)}"))
         panel.lines.append(_line(row, group, models, points))
     if sum(len(line.points) for line in panel.lines) <= MOST_NAMES:
