@@ -32,7 +32,7 @@ from aft.cards import read, with_external, write, write_whole
 from aft.clip import ModelSpec, ZeroShotModel, load_model
 from aft.clip.merge import interpolate
 from aft.clip.weights import named
-from aft.errors import AftError, ConfigError, RunError, unknown_name
+from aft.errors import AftError, ConfigError, unknown_name
 from aft.evaluation import Cell, Classification, Place, Protocol, evaluate, first, plan, report, robustbench, zero_shot
 from aft.evaluation.collect import collect
 from aft.evaluation.compare import compare
