@@ -144,9 +144,10 @@ def open_folder(record: ZeroShotSet, path: Path, root: Path) -> Opened:
         return open_wds(record, path.parent, root)
     if (path / FILE).is_file():
         return open_manifest(path)
-    source = open_source(path)
-    source.members = tuple(member for member in source.members if class_folder(member) not in record.exclude)
-    folders, own = folders_of(source), any(path == base / known for known in record.folders for base in bases(root))
+    source, own = open_source(path), any(path == base / known for known in record.folders for base in bases(root))
+    kept = [member for member in source.members if class_folder(member) not in record.exclude]
+    source.members = tuple(member for member in kept if not own or member.count("/") == 1)  # further down lie leftovers (Caltech-256)
+    folders = folders_of(source)
     order, names = names_of_folders(record, path, folders, own)
     place = {folder: label for label, folder in enumerate(order)}
     return Opened(source, [place[class_folder(member)] for member in source.members], names, path, own)
@@ -209,13 +210,13 @@ def open_wds(record: ZeroShotSet, path: Path, root: Path) -> Opened:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not laid out as CLIP_benchmark's shards ({error}): they are {NAMES} and "
                         f"{TEST}/{{{COUNT}, 0.tar ...}}") from error
-    names = tuple(class_names.clean(line) for line in lines if line.strip())
+    names = tuple(class_names.clean(line.replace("_", " ")) for line in lines if line.strip())
     tars = [folder / f"{number}.tar" for number in range(count)]
     if missing := [tar.name for tar in tars if not tar.is_file()]:
         raise DataError(f"{folder / COUNT} says {count} shards; missing: {', '.join(missing[:5])}")
     listed = tuple(Shard(tar.name, len(scan(tar)), tar.stat().st_size, "") for tar in tars)
-    opened = of_shards(folder, Manifest("class", listed, tuple((name,) for name in names)))
-    return replace(opened, where=path, remarks=differences(record, names))
+    opened = of_shards(folder, Manifest("class", listed, tuple((name,) for name in names)), record.exclude)
+    return replace(opened, where=path, remarks=(*opened.remarks, *differences(record, opened.names)))
 
 
 def open_manifest(folder: Path) -> Opened:
@@ -232,10 +233,17 @@ def open_manifest(folder: Path) -> Opened:
     return of_shards(folder, held)
 
 
-def of_shards(folder: Path, held: Manifest) -> Opened:
-    """What shards hold, by their manifest."""
-    index = ShardIndex(Location(str(folder)), held)
-    return Opened(index, index.labels(), tuple(phrases[0] for phrases in held.classes or ()), folder, False, index.indices())
+def of_shards(folder: Path, held: Manifest, exclude: Sequence[str] = ()) -> Opened:
+    """What shards hold, by their manifest, without the samples of classes that are none."""
+    index, names = ShardIndex(Location(str(folder)), held), [phrases[0] for phrases in held.classes or ()]
+    labels, kept = index.labels(), [name for name in names if name not in exclude]
+    stays = [names[label] in kept for label in labels]
+    index.members = [member for member, stay in zip(index.members, stays, strict=True) if stay]
+    place = {label: kept.index(name) for label, name in enumerate(names) if name in kept}
+    out = len(stays) - sum(stays)
+    remarks = (f"left out as no class: {', '.join(name for name in names if name in exclude)}, {out:,} images",) if out else ()
+    new = [place[label] for label, stay in zip(labels, stays, strict=True) if stay]
+    return Opened(index, new, tuple(kept), folder, False, index.indices(), remarks)
 
 
 def differences(record: ZeroShotSet, names: Sequence[str]) -> tuple[str, ...]:

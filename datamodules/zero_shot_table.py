@@ -51,7 +51,7 @@ class ZeroShotSet:
         ensemble: name of the list of templates in ``templates.json``.
         names: name of the list of class names in ``names.json`` (in label order, or by folder); none: the set's own.
         folders: paths below the root where class folders may lie, besides ``ID/test`` and ``ID/test.zip``.
-        exclude: class folders that are no classes.
+        exclude: class folders, and class names of shards, that are no classes.
         rename: pattern to take out of a folder's name to make it a class name.
         torchvision: how torchvision knows it; none: it does not.
         wds: names that CLIP_benchmark gives it.

@@ -130,10 +130,11 @@ def caltech101(root: Path, patch: pytest.MonkeyPatch) -> list[str]:
 
 
 def caltech256(root: Path, patch: pytest.MonkeyPatch) -> list[str]:
-    """Numbered folders, some with the other set's mark, and one of no class."""
+    """Numbered folders, some with the other set's mark, one of no class, and a leftover further down."""
     names = [f"{number + 1:03d}.sea-thing{number}" + "-101" * (number % 7 == 0) for number in range(256)]
     folders(root / "caltech256" / "256_ObjectCategories", names)
-    put(root / "caltech256" / "256_ObjectCategories" / "257.clutter" / "257_0001.jpg", picture(999))
+    for leftover in ("257.clutter/257_0001.jpg", f"{names[55]}/greg/056_0001.jpg"):
+        put(root / "caltech256" / "256_ObjectCategories" / leftover, picture(999))
     return [f"sea thing{number}" for number in range(256)]
 
 
