@@ -56,7 +56,8 @@ def test_shards_of_clip_benchmark(name: str, place: str, form: str, tmp_path: Pa
     clip_benchmark(tmp_path / place, names, side=table()[name].side or 8, form=form)
     found = the_one(tmp_path, name)
     assert len(found) == len(found.class_names) == table()[name].classes
-    assert all(said == names[number].replace("_", " ") for said, number in true_names(found)) and len(set(found.index_N.tolist())) == len(found)
+    assert all(said == names[number].replace("_", " ") for said, number in true_names(found))
+    assert len(set(found.index_N.tolist())) == len(found)
     assert found.split == ("val" if name == "imagenet" else "test")
     said = capsys.readouterr().out
     assert ("class names are its own, such as" in said) == (name == "caltech101")
@@ -122,6 +123,17 @@ def test_the_suite_goes_on_without_what_is_missing(tmp_path: Path, monkeypatch: 
     wrong = next(line for line in said.splitlines() if line.startswith("  eurosat: "))
     assert f"Found in {tmp_path / 'eurosat'}: EuroSAT_RGB/. Expected below {tmp_path}: eurosat/2750/CLASS/*.jpg, or eurosat/test" in wrong
     assert {one.id for one in suite.missing if one.unreadable} == {"food101", "eurosat"} and len(suite.missing) == 19
+
+
+def test_sets_that_are_named_must_all_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is missing, or cannot be read, is an error also beside others that can."""
+    for name in ("dtd", "food101"):
+        BUILD[name](tmp_path, monkeypatch)
+    with pytest.raises(DataError, match="the set eurosat is asked for, but is not below .*: put there eurosat/2750/CLASS"):
+        ZeroShotSuite(str(tmp_path), sets=["dtd", "eurosat"]).evaluation_sets("test")
+    (tmp_path / "food-101" / "meta" / "test.json").unlink()
+    with pytest.raises(DataError, match="food101: torchvision's Food101 cannot be opened"):
+        ZeroShotSuite(str(tmp_path), sets=["dtd", "food101"]).evaluation_sets("test")
 
 
 def test_an_empty_folder_is_an_error_with_all_that_could_be_there(tmp_path: Path) -> None:
