@@ -18,7 +18,7 @@ import sys
 import time
 from argparse import ArgumentError
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -33,10 +33,10 @@ from aft.clip import ModelSpec, ZeroShotModel, load_model
 from aft.clip.merge import interpolate
 from aft.clip.weights import named
 from aft.errors import AftError, ConfigError, unknown_name
-from aft.evaluation import Cell, Classification, Place, Protocol, evaluate, first, plan, report, robustbench, zero_shot
+from aft.evaluation import Cell, Classification, Place, Protocol, Task, evaluate, first, plan, report, robustbench, zero_shot
 from aft.evaluation.collect import collect
 from aft.evaluation.compare import compare
-from aft.evaluation.judge import Survivors
+from aft.evaluation.judge import Survivors, cell_under
 from aft.evaluation.pages import Content, again, attacked, kept, picture, publish
 from aft.evaluation.pages.build import as_shown
 from aft.evaluation.picture import draw_curve
@@ -56,6 +56,7 @@ class Measurement:
     Args:
         data: datamodule with ``evaluation_set(split)``, as in ``configs/data/*.yaml``, or a suite of many sets.
         split: of the data set.
+        task: what is asked: none: classification; aft.evaluation.Retrieval for captions, or a class of your own (docs/add_a_task.md).
         label_spaces: name -> class names to keep and to classify among; null: all classes.
         protocols: any of clean, pgd, apgd, strict, four, autoattack_standard, autoattack_rand, or of the literature, which bring their
             own radius, steps, templates and pixels (tecoa, pmg_aft, tga_zsr, robustvlm, ttc, agft); each is a column.
@@ -82,6 +83,7 @@ class Measurement:
 
     data: LightningDataModule
     split: str = "test"
+    task: Task | None = None
     label_spaces: dict[str, list[str] | None] = field(default_factory=lambda: {"all": None})
     protocols: list[str] = field(default_factory=lambda: ["pgd", "apgd"])
     eps: list[float | str] = field(default_factory=lambda: ["1/255", "2/255", "4/255"])
@@ -105,7 +107,7 @@ class Measurement:
         """Measures what is missing, then shows, writes and returns the cards."""
         place, device = self.place(), torch_device(self.device)
         use_threads(self.threads)
-        work = [(subset, protocol) for subset in self.subsets() for protocol in self.plans(len(subset.class_names))]
+        work = [(subset, protocol) for subset in self.subsets() for protocol in self.plans(self.asked.choices(subset))]
         if self.largest_first:
             work.sort(key=lambda one: -(one[1].eps or 0))
         cards: list[Labelled] = []
@@ -116,8 +118,7 @@ class Measurement:
             for subset, protocol in work:
                 key = (subset.name, subset.label_space, protocol.name)
                 before = larger.get(key)
-                shown = replace(subset, templates=protocol.templates) if protocol.templates else subset
-                cell = Cell(model.to(device), shown, protocol, self.seed, Classification(protocol.scale), before)
+                cell = cell_under(protocol, model.to(device), subset, self.asked, self.seed, before)
                 cards += (made := self.measure(label, cell, place, command, others))
                 if self.largest_first and made and protocol.attacks:
                     larger[key] = survivors_of(made[0][1], card_path(self.out, label, cell))
@@ -130,6 +131,11 @@ class Measurement:
         """This process among those that share the work."""
         around = Place.of_environment()
         return Place(around.rank if self.rank is None else self.rank, around.world if self.world is None else self.world)
+
+    @property
+    def asked(self) -> Task:
+        """The task."""
+        return self.task or Classification()
 
     def subsets(self) -> list[EvaluationSet]:
         """The images of each label space, of each set of a suite.

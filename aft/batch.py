@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H height, W width, N images of a data set.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -78,6 +79,11 @@ class EvaluationSet:
         images = torch.stack([self.images[int(p)] for p in positions])
         return Batch(images, self.index_N[rows_n], self.labels_N[rows_n])
 
+    def take(self, rows_n: Tensor) -> EvaluationSet:
+        """The samples at these rows, in this order; class list and label space stay."""
+        positions_N = torch.arange(len(self)) if self.positions_N is None else self.positions_N
+        return replace(self, labels_N=self.labels_N[rows_n], index_N=self.index_N[rows_n], positions_N=positions_N[rows_n])
+
     def select(self, classes: Sequence[str], label_space: str) -> EvaluationSet:
         """The samples of some classes, classified among these names alone.
 
@@ -100,6 +106,62 @@ class EvaluationSet:
             label_space=label_space,
             positions_N=positions[keep],
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionedSet(EvaluationSet):
+    """Images with captions instead of classes; :meth:`of` makes one.
+
+    ``class_names`` is the gallery of texts, each once, in the order of their sha256 (so that the first images in the order of texts are
+    no special ones); ``labels_N`` is the first text of each image.
+
+    Args:
+        true_texts: for each image the places of all texts that are true of it: its own captions, also where they are another image's too.
+    """
+
+    true_texts: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, name: str, split: str, images: Images, index_N: Tensor, captions: Sequence[Sequence[str]], *,
+           positions_N: Tensor | None = None, label_space: str = "all") -> CaptionedSet:  # fmt: skip
+        """The gallery of these images' captions.
+
+        Args:
+            name, split, images, index_N, positions_N, label_space: as in :class:`EvaluationSet`.
+            captions: for each image one text or more; equal texts are one.
+
+        Raises:
+            DataError: an image has no caption.
+        """
+        if bare := [int(index_N[row]) for row, texts in enumerate(captions) if not texts]:
+            raise DataError(f"{len(bare)} images of {name}/{split} have no caption (numbers {bare[:5]}): caption them or take them out.")
+        texts = sorted({text for of_image in captions for text in of_image}, key=lambda text: hashlib.sha256(text.encode()).digest())
+        place = {text: number for number, text in enumerate(texts)}
+        true_texts = tuple(tuple(dict.fromkeys(place[text] for text in of_image)) for of_image in captions)
+        labels_N = torch.tensor([of_image[0] for of_image in true_texts])
+        return cls(name, split, images, labels_N, index_N, tuple(texts), ("{}",), label_space, positions_N, true_texts=true_texts)
+
+    def truth(self, rows: Sequence[int]) -> Tensor:
+        """Which texts of the gallery are true of the images at ``rows``, bool ``[n, T]``."""
+        truth_nT = torch.zeros((len(rows), len(self.class_names)), dtype=torch.bool)
+        for place, row in enumerate(rows):
+            truth_nT[place, list(self.true_texts[row])] = True
+        return truth_nT
+
+    def take(self, rows_n: Tensor) -> CaptionedSet:
+        """The images at these rows, and the gallery of their captions alone."""
+        positions_N = torch.arange(len(self)) if self.positions_N is None else self.positions_N
+        captions = [[self.class_names[text] for text in self.true_texts[row]] for row in rows_n.tolist()]
+        return self.of(self.name, self.split, self.images, self.index_N[rows_n], captions, positions_N=positions_N[rows_n],
+                       label_space=self.label_space)
+
+    def select(self, classes: Sequence[str], label_space: str) -> EvaluationSet:
+        """There are no classes to select.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError(f"label space {label_space!r} selects classes, but {self.name}/{self.split} has captions: leave label_spaces out.")
 
 
 @runtime_checkable

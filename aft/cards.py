@@ -87,6 +87,29 @@ def standard_error(share: float, n: int) -> float:
     return math.sqrt(share * (1 - share) / n)
 
 
+def attack_success(clean: float, robust: float | None, n: int) -> dict[str, dict[str, float | None]]:
+    """A card's ``metrics.attack_success``, by both definitions in use; empty where nothing was attacked.
+
+    ``drop``: clean minus robust accuracy, a share of all ``n`` samples. ``of_right``: of the samples that are right when clean, the share
+    that is wrong after the attack, ``1 - robust / clean``; none where none is right. Each with its standard error.
+
+    Args:
+        clean, robust: accuracies, shares of the same ``n`` samples; robust means right when clean, too.
+
+    Example:
+        >>> attack_success(0.8, 0.6, 100)["attack_success"]["drop"], attack_success(0.8, 0.6, 100)["attack_success"]["of_right"]
+        (0.2, 0.25)
+    """
+    if robust is None:
+        return {}
+    drop, right = round(clean - robust, 12), round(clean * n)
+    of_right = round(1 - robust / clean, 12) if right else None
+    return {"attack_success": {
+        "drop": drop, "drop_standard_error": standard_error(drop, n), "of_right": of_right,
+        "of_right_standard_error": None if of_right is None else standard_error(of_right, right),
+    }}  # fmt: skip
+
+
 def with_external(card: Card, robust_accuracy: float, source: str) -> Card:
     """The card with what somebody else's attack left of its images; tables show the lower of the two accuracies.
 

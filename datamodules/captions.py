@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
 
-from aft.batch import Batch
-from aft.errors import DataError, unknown_name
+from aft.batch import Batch, CaptionedSet
+from aft.errors import ConfigError, DataError, unknown_name
 from datamodules.common import ImageData
 from datamodules.images import load
 from datamodules.order import Batches, TrainLoader, TrainOrder
-from datamodules.sources import FilesBelow
+from datamodules.sources import FilesBelow, ZipSource
 
 ENDINGS = (".csv", ".tsv", ".json", ".jsonl")
 
@@ -26,13 +27,15 @@ class Captions(ImageData):
     """Image and text pairs from a ``.csv``, ``.tsv``, ``.json`` (a list of records) or ``.jsonl`` file; yields ``Batch.captions``.
 
     There are no classes: train with ``ContrastivePretraining``, and set ``checkpoint.monitor`` to null, as nothing is validated.
+    For retrieval (``evaluation_set``) rows with the same path are one image with several captions, and equal texts are one text.
 
     Args:
-        train: the table; the first line of a csv or tsv names its columns.
-        images: folder that the paths in the table start from; none: the table's own.
+        train: the table of training images; the first line of a csv or tsv names its columns. None: there are none.
+        images: folder (or zip) that the paths in both tables start from; none: the table's own.
         image_column: name of the column (or key) with the paths.
         caption_column: name of the column (or key) with the texts.
-        name: id of the data set; none: the table's name without its ending.
+        name: id of the data set; none: the (training) table's name without its ending.
+        test: the table of test images; none: there are none.
         **kwargs: what every set of images takes, see ``datamodules.common.ImageData``.
 
     Raises:
@@ -42,22 +45,45 @@ class Captions(ImageData):
     class_phrases: tuple[tuple[str, ...], ...] = ()
     val_class_lists: tuple[str, ...] = ()
 
-    def __init__(self, train: str, images: str | None = None, image_column: str = "image", caption_column: str = "caption",
-                 name: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, train: str | None = None, images: str | None = None, image_column: str = "image", caption_column: str = "caption",
+                 name: str | None = None, test: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.train, self.images = train, images
+        self.tables, self.images = {"train": train, "test": test}, images
         self.columns = (image_column, caption_column)
-        self.name = name or Path(train).stem
+        self.name: str = name or Path(train or test or "captions").stem
         self.class_lists: dict[str, tuple[str, ...]] = {"train": ()}
 
     @cached_property
     def _batches(self) -> Batches:
-        source = CaptionSource(self.train, self.images, *self.columns)
+        source = self._source("train")
         store = load(source, image_size=self.image_size, cache_bytes=self.cache_bytes, max_bad_share=self.max_bad_share)
         self.check_padding(store.size)
         captions = [source.captions[position] for position in store.positions_N.tolist()]
         return Batches(store, torch.arange(len(store)), None, store.positions_N, captions=captions, augment=self.augment,
                        padding=self.padding, seed=self.seed)
+
+    def _source(self, split: str) -> CaptionSource:
+        table = self.tables[split]
+        if table is None:
+            raise DataError(f"{self.name} has no {split} images: give their table as {split}.")
+        return CaptionSource(table, self.images, *self.columns)
+
+    def evaluation_set(self, split: Literal["test", "train"]) -> CaptionedSet:
+        """A table to retrieve from, without augmentation.
+
+        Args:
+            split: ``test`` or ``train``.
+
+        Raises:
+            ConfigError: no such split.
+            DataError: there is no such table, or it is unusable.
+        """
+        if split not in self.tables:
+            raise ConfigError(unknown_name("split", split, self.tables))
+        source, captions = self._source(split).once()
+        store = load(source, image_size=self.image_size, cache_bytes=self.cache_bytes, max_bad_share=self.max_bad_share)
+        kept = store.positions_N
+        return CaptionedSet.of(self.name, split, store, kept, [captions[position] for position in kept.tolist()])
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the table and decodes the images, or their headers where they do not fit into ``cache_bytes``."""
@@ -79,7 +105,7 @@ class CaptionSource(FilesBelow):
 
     Args:
         table: see ``read_table``.
-        images: folder that the paths start from; none: the table's own.
+        images: folder or zip that the paths start from; none: the table's own folder.
         image_column, caption_column: names of the columns.
 
     Raises:
@@ -91,10 +117,25 @@ class CaptionSource(FilesBelow):
         pairs = read_table(table, image_column, caption_column)
         self.root = Path(table).parent if images is None else Path(images)
         self.members, self.captions = tuple(path for path, _ in pairs), tuple(text for _, text in pairs)
-        absent = [member for member in self.members if not (self.root / member).is_file()]
+        self._zip = ZipSource(self.root) if self.root.suffix.lower() == ".zip" else None
+        there = set(self._zip.members) if self._zip else {member for member in set(self.members) if (self.root / member).is_file()}
+        absent = [member for member in self.members if member not in there]
         if absent:
             raise DataError(f"{len(absent)} of {len(self.members)} images of {str(table)!r} are not in {str(self.root)!r} "
                             f"({', '.join(absent[:5])}): give the folder that the paths start from (images), or take the rows out.")
+
+    def read(self, position: int) -> bytes:
+        """The encoded bytes of one image."""
+        return self._zip.read_member(self.members[position]) if self._zip else super().read(position)
+
+    def once(self) -> tuple[CaptionSource, list[list[str]]]:
+        """The same with each image once, and all captions of each."""
+        captions: dict[str, list[str]] = {}
+        for member, text in zip(self.members, self.captions, strict=True):
+            captions.setdefault(member, []).append(text)
+        single = copy.copy(self)
+        single.members, single.captions = tuple(captions), tuple(texts[0] for texts in captions.values())
+        return single, list(captions.values())
 
 
 def read_table(path: str | Path, image_column: str = "image", caption_column: str = "caption") -> list[tuple[str, str]]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
@@ -58,6 +61,22 @@ class Sample:
         if found is None:
             raise ValueError(self.problem or f"no image: it has {sorted(self.parts)}, expected one of {', '.join(IMAGES)}")
         return found
+
+    def captions(self) -> list[str]:
+        """All its texts: the lines of ``.txt``; of ``.json`` the list ``captions``, else ``caption``.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if "txt" in self.parts:
+            texts = [" ".join(line.split()) for line in self.parts["txt"].decode().splitlines()]
+        else:
+            told = json.loads(self.parts.get("json", b"null"))
+            given = told.get("captions") if isinstance(told, dict) else None
+            texts = [" ".join(text.split()) for text in given if isinstance(text, str)] if isinstance(given, list) else [self.caption()]
+        if not any(texts):
+            raise ValueError("no caption in .txt or .json")
+        return [text for text in texts if text]
 
     def label(self, classes: int) -> int:
         """Its class.
@@ -186,6 +205,27 @@ class ShardIndex:
             except ValueError as error:
                 raise DataError(f"{self.name(position)}.cls: {error}. Make the shards again.") from error
         return found
+
+    def captions_by_image(self, positions: Sequence[int]) -> tuple[Tensor, list[list[str]]]:
+        """The captions of each image: samples with the same encoded image are one.
+
+        Returns:
+            For each image the place in ``positions`` of its first sample, int64, and its captions.
+
+        Raises:
+            DataError: a sample has no caption.
+        """
+        first: dict[bytes, int] = {}
+        captions: dict[bytes, list[str]] = {}
+        for row, position in enumerate(positions):
+            sample = self.sample(position)
+            try:
+                image, texts = hashlib.sha256(sample.image()).digest(), sample.captions()
+            except ValueError as error:
+                raise DataError(f"{self.name(position)}: {error}. Make the shards again.") from error
+            first.setdefault(image, row)
+            captions.setdefault(image, []).extend(texts)
+        return torch.tensor(list(first.values())), list(captions.values())
 
     def indices(self) -> list[int]:
         """The stable number of every sample."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
-from aft.batch import Batch, EvaluationSet
+from aft.batch import Batch, CaptionedSet, EvaluationSet
 from aft.clip.prompts import warn_of_duplicates
 from aft.errors import ConfigError, DataError, unknown_name
 from datamodules import manifest as manifests
@@ -74,8 +74,8 @@ class Shards(ImageData):
         if split not in self._manifests:
             found = manifests.read(self.locations[split])
             manifests.check(found, self.locations[split], self.verify)
-            if split != "train" and found.classes is None:
-                raise DataError(f"the {split} shards of {self.name} hold captions: validation and evaluation need classes.")
+            if split == "holdout" and found.classes is None:
+                raise DataError(f"the holdout shards of {self.name} hold captions: validation needs classes.")
             self._manifests[split] = found
         return self._manifests[split]
 
@@ -143,22 +143,27 @@ class Shards(ImageData):
         return [DataLoader(batches, sampler=ExactOrder(len(held), self.batch_size, *self.place()), batch_size=None)]
 
     def evaluation_set(self, split: Split) -> EvaluationSet:
-        """A split to score image by image, without augmentation.
+        """A split to score image by image, without augmentation; of caption shards a ``CaptionedSet``, for retrieval.
+
+        There, each line of ``key.txt`` (or each of the list ``captions`` in ``key.json``) is a caption, and samples with the same
+        encoded image are one image.
 
         Args:
             split: ``test``, ``holdout`` or ``train``; their shards must be local.
 
         Raises:
             ConfigError: no such split.
-            DataError: there are no such shards, they hold captions, or they are not local.
+            DataError: there are no such shards, a sample has neither class nor caption, or they are not local.
         """
         if split not in ("test", "holdout", "train"):
             raise ConfigError(unknown_name("split", split, ("test", "holdout", "train")))
         names = self.names(split)
-        if not names:
-            raise DataError(f"the {split} shards of {self.name} hold captions: only classes can be scored.")
         index, store = self._store(split)
         kept = store.positions_N
+        if not names:
+            rows, captions = index.captions_by_image(kept.tolist())
+            numbers = torch.tensor(index.indices())[kept[rows]]
+            return CaptionedSet.of(self.name, split, store, numbers, captions, positions_N=rows)
         return EvaluationSet(self.name, split, store, torch.tensor(index.labels())[kept], torch.tensor(index.indices())[kept], names,
                              self.templates)
 

@@ -104,7 +104,11 @@ class ZipSource:
 
     def read(self, position: int) -> bytes:
         """The encoded bytes of one member."""
-        return self._zip().read(self.members[position])
+        return self.read_member(self.members[position])
+
+    def read_member(self, member: str) -> bytes:
+        """The encoded bytes of a member by its path."""
+        return self._zip().read(member)
 
 
 def open_source(path: str | Path) -> FolderSource | ZipSource:

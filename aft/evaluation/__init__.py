@@ -1,8 +1,11 @@
 """How robust a model is: tasks, attack protocols, the runner that goes on after a kill, checks, and the report."""
 
 from aft.evaluation.protocols import PROTOCOLS, Planned, Protocol, plan
+from aft.evaluation.retrieval import Retrieval
 from aft.evaluation.runner import Cell, Place, evaluate
 from aft.evaluation.subsets import first, nested_order
 from aft.evaluation.tasks import Classification, Task
 
-__all__ = ["Cell", "Classification", "PROTOCOLS", "Place", "Planned", "Protocol", "Task", "evaluate", "first", "nested_order", "plan"]
+__all__ = [
+    "Cell", "Classification", "PROTOCOLS", "Place", "Planned", "Protocol", "Retrieval", "Task", "evaluate", "first", "nested_order", "plan",
+]  # fmt: skip

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +63,7 @@ class Cell:
 
     Raises:
         ConfigError: survivors of a radius that is not larger.
+        DataError: data that the task cannot be asked on.
     """
 
     model: ZeroShotModel
@@ -73,6 +74,7 @@ class Cell:
     survivors: Survivors | None = None
 
     def __post_init__(self) -> None:
+        self.task.accept(self.data)
         if self.survivors is not None and not self.survivors.eps > (self.protocol.eps or 0):
             raise ConfigError(f"survivors of eps = {self.survivors.eps:g} say nothing of eps = {self.protocol.eps}: take a larger radius.")
 
@@ -113,7 +115,25 @@ class Cell:
             "settings": [planned.attack.describe() for planned in self.protocol.attacks], "defense": None, "seeds": self.seeds,
             "precision": "fp32", **({"survivors": self.survivors.cell} if self.survivors else {}),
             **({"scale": self.protocol.scale} if self.protocol.scale else {}),
+            **({"task_settings": told} if (told := self.task.describe(self.data)) else {}),
         })  # fmt: skip
+
+
+def cell_under(
+    protocol: Protocol, model: ZeroShotModel, data: EvaluationSet, task: Task, seed: int = 0, survivors: Survivors | None = None
+) -> Cell:
+    """The cell of a protocol, which may bring class texts and a scale of its own.
+
+    Raises:
+        ConfigError: a protocol that brings them, for another task than classification.
+    """
+    if protocol.templates or protocol.scale:
+        if not isinstance(task, Classification):
+            raise ConfigError(f"protocol {protocol.name} brings class texts or a scale for classification, and the task is {task.name}: "
+                              "take one of clean, pgd, apgd, strict.")
+        data = replace(data, templates=protocol.templates or data.templates)
+        task = replace(task, scale=protocol.scale or task.scale)
+    return Cell(model, data, protocol, seed, task, survivors)
 
 
 class Cost:
@@ -174,26 +194,27 @@ class Judge:
 
         An image that is wrong when clean is not attacked, nor is one that an earlier attack has broken.
         """
-        batch = self.cell.data.batch(rows)
-        assert batch.labels is not None
-        shown_nCHW, truth_n = self.cell.in_space(batch.images.to(self.device)), batch.labels.to(self.device)
+        batch, truth_n = self.cell.data.batch(rows), self.task.truth(self.cell.data, rows).to(self.device)
+        shown_nCHW = self.cell.in_space(batch.images.to(self.device))
         keys_n = sample_keys(self.cell.seed, 0, batch.index).to(self.device)
-        answer_n, right_n = self.look(shown_nCHW, truth_n, keys_n)
+        seen = self.look(shown_nCHW, truth_n, keys_n)
         spared = self.cell.survivors.rows if self.cell.survivors else frozenset()
         spared_n = torch.tensor([row in spared for row in rows], device=self.device)
-        course = _Course(shown_nCHW, truth_n, keys_n, answer_n, right_n, spared_n)
+        course = _Course(shown_nCHW, truth_n, keys_n, seen, spared_n)
         for planned in self.cell.protocol.attacks:
             shown = planned.limit(len(self.cell.data))
             self.attack(planned, course, torch.tensor([row < shown for row in rows], device=self.device))
-        columns = {"row": torch.as_tensor(rows), "index": batch.index, "label": batch.labels, "clean_answer": answer_n, "clean": right_n}
-        return {name: _array(column) for name, column in {**columns, **course.columns()}.items()}, course.shown_nCHW
+        columns = {"row": torch.as_tensor(rows), "index": batch.index, "clean_answer": seen.answer_n, "clean": seen.right_n}
+        labels = {} if batch.labels is None else {"label": batch.labels}
+        clean = {f"clean_{name}": note for name, note in seen.notes.items()}
+        return {name: _array(column) for name, column in {**columns, **labels, **clean, **course.columns()}.items()}, course.shown_nCHW
 
-    def look(self, images_nCHW: Tensor, truth_n: Tensor, keys_n: Tensor) -> tuple[Tensor, Tensor]:
-        """The fresh forward: answers and whether they are right. It knows nothing of any attack (E2), nor its random numbers."""
+    def look(self, images_nCHW: Tensor, truth_n: Tensor, keys_n: Tensor) -> Seen:
+        """The fresh forward. It knows nothing of any attack (E2), nor its random numbers."""
         with torch.no_grad():
             draws = draws_for("scoring", keys_n)
             outputs = self.task.forward(self.model, at_least_fp32(images_nCHW.detach()), self.context, draws)
-        return self.task.answer(outputs), self.task.score(outputs, truth_n)
+            return Seen(self.task.answer(outputs), self.task.score(outputs, truth_n), self.task.notes(outputs, truth_n))
 
     def attack(self, planned: Planned, course: _Course, meant_n: Tensor) -> None:
         """Shows one attack the images that are still right, of those that it is meant for, and records what came of it."""
@@ -203,25 +224,39 @@ class Judge:
             clean_nCHW, truth_n = course.clean_nCHW[rows_n], course.truth_n[rows_n]
             objective: Objective = self.task.objective(self.model, self.context, truth_n, planned.loss)
             result = planned.attack(objective, clean_nCHW, course.keys_n[rows_n])
-            answer_n, still_n = self.look(result.x_BCHW, truth_n, course.keys_n[rows_n])
+            seen = self.look(result.x_BCHW, truth_n, course.keys_n[rows_n])
             within_n = inside(result.x_BCHW, clean_nCHW, planned.attack.norm, planned.attack.threat.radius)
-            course.shown_nCHW[rows_n], course.answer_n[rows_n], right_n[rows_n] = result.x_BCHW.to(course.shown_nCHW), answer_n, still_n
+            course.see(rows_n, result.x_BCHW, seen)
+            right_n[rows_n] = seen.right_n
             course.inside_n[rows_n] &= within_n
             if result.broken_B is not None:
-                agree_n[rows_n] = result.broken_B == ~still_n
+                agree_n[rows_n] = result.broken_B == ~seen.right_n
         course.record(right_n, agree_n)
+
+
+class Seen(NamedTuple):
+    """What one forward says of images: the answers, whether they are right, and the task's notes."""
+
+    answer_n: Tensor
+    right_n: Tensor
+    notes: dict[str, Tensor]
 
 
 class _Course:
     """What is known of a batch while one attack follows the other."""
 
-    def __init__(
-        self, clean_nCHW: Tensor, truth_n: Tensor, keys_n: Tensor, answer_n: Tensor, right_n: Tensor, spared_n: Tensor
-    ) -> None:
-        self.clean_nCHW, self.truth_n, self.keys_n, self.right_n, self.spared_n = clean_nCHW, truth_n, keys_n, right_n, spared_n
-        self.shown_nCHW, self.answer_n, self.inside_n = clean_nCHW.clone(), answer_n.clone(), torch.ones_like(right_n)
+    def __init__(self, clean_nCHW: Tensor, truth_n: Tensor, keys_n: Tensor, seen: Seen, spared_n: Tensor) -> None:
+        self.clean_nCHW, self.truth_n, self.keys_n, self.right_n, self.spared_n = clean_nCHW, truth_n, keys_n, seen.right_n, spared_n
+        self.shown_nCHW, self.answer_n, self.inside_n = clean_nCHW.clone(), seen.answer_n.clone(), torch.ones_like(seen.right_n)
+        self.notes = {name: note.clone() for name, note in seen.notes.items()}
         self.rights: list[Tensor] = []
         self.agrees: list[Tensor] = []
+
+    def see(self, rows_n: Tensor, images_nCHW: Tensor, seen: Seen) -> None:
+        """These images were shown last, and this was said of them."""
+        self.shown_nCHW[rows_n], self.answer_n[rows_n] = images_nCHW.to(self.shown_nCHW), seen.answer_n
+        for name, note in seen.notes.items():
+            self.notes[name][rows_n] = note
 
     def record(self, right_n: Tensor, agree_n: Tensor) -> None:
         """Who is still right after one more attack, and for whom the attack's own verdict was the fresh one."""
@@ -230,10 +265,11 @@ class _Course:
         self.agrees.append(agree_n)
 
     def columns(self) -> dict[str, Tensor]:
-        """The columns of verdicts that attacks fill: ``answer`` is that on the last image shown, ``right`` and ``agree`` are ``[n, A]``."""
+        """The columns of verdicts that attacks fill: ``right`` and ``agree`` are ``[n, A]``, the others are of the last image shown."""
         empty_n0 = self.right_n.new_zeros((len(self.right_n), 0))
         return {
-            "answer": self.answer_n, "inside": self.inside_n, "right": torch.stack(self.rights, 1) if self.rights else empty_n0,
+            **self.notes, "answer": self.answer_n, "inside": self.inside_n,
+            "right": torch.stack(self.rights, 1) if self.rights else empty_n0,
             "agree": torch.stack(self.agrees, 1) if self.agrees else empty_n0,
         }  # fmt: skip
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from aft import cards
 from aft.attacks.threat_model import radius_text
-from aft.cards import Card
+from aft.cards import Card, attack_success
 from aft.evaluation.collect import Labelled as Labelled
 from aft.evaluation.collect import collect
 from aft.evaluation.published import printed
@@ -22,7 +22,8 @@ from aft.evaluation.published import printed
 CSV_COLUMNS = (
     "label", "model", "method", "sha256", "data", "split", "label_space", "classes", "n", "protocol", "fidelity", "norm", "eps", "space",
     "resolution", "attacks", "steps", "targets", "precision", "clean_accuracy", "clean_standard_error", "robust_accuracy",
-    "robust_standard_error", "chance", "largest_class_share", "verdict", "failed_checks", "external", "cell", "created",
+    "robust_standard_error", "attack_success_drop", "attack_success_of_right", "calibration_error_clean", "calibration_error_attacked",
+    "chance", "largest_class_share", "verdict", "failed_checks", "external", "cell", "created",
 )  # fmt: skip
 VERDICT_ORDER = ("suspect", "unchecked", "reliable")
 
@@ -161,12 +162,16 @@ def write_csv(labelled: Sequence[Labelled], path: Path) -> Path:
 
 def _csv_row(label: str, card: Card) -> dict[str, Any]:
     model, data, attacks, threat = card["model"], card["data"], card["attacks"], card["threat"] or {}
+    success = attack_success(card["clean_accuracy"], card["robust_accuracy"], data["n"]).get("attack_success", {})
+    calibrated = card["metrics"].get("calibration", {})
     columns = {
         "label": label, "model": model["name"], "method": model["method"], "sha256": model["sha256"], "data": data["name"],
         "protocol": card["protocol"]["name"], "fidelity": card["protocol"]["fidelity"],
         "attacks": "+".join(attack["name"] for attack in attacks), "steps": "+".join(str(attack["steps"]) for attack in attacks),
         "targets": "+".join(str(attack["target"] or "") for attack in attacks), "verdict": card["verdict"]["status"],
         "failed_checks": "+".join(card["verdict"]["failed_checks"]), "external": (card["external"] or {}).get("source"),
+        "attack_success_drop": success.get("drop"), "attack_success_of_right": success.get("of_right"),
+        "calibration_error_clean": calibrated.get("clean"), "calibration_error_attacked": calibrated.get("attacked"),
         "clean_standard_error": card["standard_error"]["clean"], "robust_standard_error": card["standard_error"]["robust"],
     }  # fmt: skip
     same = {name: {**card, **data, **threat}.get(name) for name in CSV_COLUMNS if name not in columns}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aft import cards
-from aft.cards import Card, Verdicts
+from aft.cards import Card, Verdicts, attack_success
 from aft.clip.model import ZeroShotModel
 from aft.evaluation import origin
 from aft.evaluation.checks import failed
@@ -177,9 +177,10 @@ def summarise(cell: Cell, verdicts: Verdicts, costs: NDArray[Any], command: str 
         "model": origin.model_block(cell.model.record), "data": origin.data_block(cell.data),
         "protocol": {"name": cell.protocol.name, "fidelity": cell.protocol.fidelity}, "threat": cell.threat, "attacks": cell.attacks,
         "defense": None, "seeds": cell.seeds, "precision": "fp32", "clean_accuracy": clean, "robust_accuracy": robust, "per_attack": left,
-        "metrics": {**cell.task.metrics(verdicts, cell.data), "largest_class_shares": shares, **_attacked(cell, verdicts)},
+        "metrics": {**cell.task.metrics(verdicts, cell.data, cell.task.prepare(cell.model, cell.data)), "largest_class_shares": shares,
+                    **_attacked(cell, verdicts), **attack_success(clean, robust, n)},
         "standard_error": {"clean": cards.standard_error(clean, n), "robust": None if robust is None else cards.standard_error(robust, n)},
-        "chance": 1 / len(cell.data.class_names), "largest_class_share": max(share for share in shares.values() if share is not None),
+        "chance": cell.task.chance(cell.data), "largest_class_share": max(share for share in shares.values() if share is not None),
         "verdict": {"status": "suspect" if problems else "unchecked", "failed_checks": problems},
         "cost": {"forwards": int(forwards), "backwards": int(backwards), "seconds": round(float(seconds), 2),
                  "device": origin.device_name(next(cell.model.parameters()).device)},

@@ -6,7 +6,6 @@ Shapes: N images of a data set.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -44,12 +43,6 @@ def nested_order(labels_N: Tensor, seed: int = SELECTION_SEED) -> Tensor:
     return torch.from_numpy(np.lexsort((labels, turn)))
 
 
-def take(data: EvaluationSet, rows_n: Tensor) -> EvaluationSet:
-    """The samples at these rows, in this order; class list and label space stay."""
-    positions_N = torch.arange(len(data)) if data.positions_N is None else data.positions_N
-    return replace(data, labels_N=data.labels_N[rows_n], index_N=data.index_N[rows_n], positions_N=positions_N[rows_n])
-
-
 def first(data: EvaluationSet, n: int | None = None, classes: Sequence[str] | None = None, label_space: str = "all") -> EvaluationSet:
     """The first n images of the nested order, of all classes or of some.
 
@@ -64,7 +57,7 @@ def first(data: EvaluationSet, n: int | None = None, classes: Sequence[str] | No
     Raises:
         DataError: an unknown or repeated class, fewer than two, or fewer than n images.
     """
-    ordered = take(data, nested_order(data.labels_N))
+    ordered = data.take(nested_order(data.labels_N))
     if classes is not None:
         if repeated := sorted({name for name in classes if list(classes).count(name) > 1}):
             raise DataError(f"label space {label_space!r} names {', '.join(repeated)} more than once: name each class once.")
@@ -73,7 +66,7 @@ def first(data: EvaluationSet, n: int | None = None, classes: Sequence[str] | No
     if not 1 <= chosen <= len(ordered):
         raise DataError(f"n = {n}, but {data.name}/{data.split} has {len(ordered)} images in label space {label_space!r}: "
                         f"set n to 1 .. {len(ordered)}, or to null for all.")
-    return take(ordered, torch.arange(chosen))
+    return ordered.take(torch.arange(chosen))
 
 
 def first_of_each(

@@ -1,13 +1,14 @@
-"""What is asked of a model, apart from how it is attacked and counted. Zero-shot classification is the one task so far.
+"""What is asked of a model, apart from how it is attacked and counted: the contract of a task, and zero-shot classification.
 
 Shapes: n images, C channels, H rows, W columns, K classes, D embedding width, N images of the data set.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,37 +16,80 @@ from torch import Tensor
 
 from aft.attacks.base import Objective
 from aft.attacks.objectives import ClassificationObjective, LossName, ce, dlr, dlr_targeted, margin
-from aft.batch import EvaluationSet
+from aft.batch import CaptionedSet, EvaluationSet
 from aft.cards import Verdicts
 from aft.clip.model import ZeroShotModel
 from aft.clip.stages import Draw, encode_in_stages
+from aft.errors import DataError
+from aft.evaluation.calibration import calibration
 
 
-class Task(Protocol):
-    """What the runner asks of a task. ``truth_n`` is what is known of the rows (labels); ``context`` is whatever ``prepare`` made."""
+class Task(ABC):
+    """What the runner asks of a task; ``docs/add_a_task.md`` makes one from nothing.
+
+    ``context`` is whatever ``prepare`` made, ``outputs`` whatever ``forward`` gives; neither the runner nor the attacks look into them.
+    ``truth_n`` is what is known of the rows, with one row an image.
+    """
 
     #: Id of the task on cards.
     name: ClassVar[str]
     #: ``ce``, ``margin``, ``dlr`` take (outputs, truth), ``dlr_targeted`` also targets; each gives ``[n]``, to be maximised.
     losses: ClassVar[Mapping[str, Callable[..., Tensor]]]
 
+    def accept(self, data: EvaluationSet) -> None:  # noqa: B027  (a task may take any data)
+        """Refuses data that the task cannot be asked on.
+
+        Raises:
+            DataError: what is missing.
+        """
+
+    @abstractmethod
     def prepare(self, model: ZeroShotModel, data: EvaluationSet) -> Any:
         """What is computed once for all images, such as a bank of class texts."""
 
-    def forward(self, model: ZeroShotModel, images_nCHW: Tensor, context: Any, draws: Sequence[Draw] = ()) -> Tensor:
+    @abstractmethod
+    def forward(self, model: ZeroShotModel, images_nCHW: Tensor, context: Any, draws: Sequence[Draw] = ()) -> Any:
         """The model's outputs for these images; a random model's are the mean over ``draws``."""
 
+    @abstractmethod
     def objective(self, model: ZeroShotModel, context: Any, truth_n: Tensor, loss: LossName) -> Objective:
         """What an attack on these rows maximises."""
 
-    def answer(self, outputs: Tensor) -> Tensor:
+    @abstractmethod
+    def answer(self, outputs: Any) -> Tensor:
         """What the model says, as one number a row that can be counted, int64 ``[n]``."""
 
-    def score(self, outputs: Tensor, truth_n: Tensor) -> Tensor:
+    @abstractmethod
+    def score(self, outputs: Any, truth_n: Tensor) -> Tensor:
         """Whether each row is right, bool ``[n]``."""
 
-    def metrics(self, verdicts: Verdicts, data: EvaluationSet) -> dict[str, Any]:
-        """Further figures over all rows, from the verdicts alone."""
+    def describe(self, data: EvaluationSet) -> dict[str, Any]:
+        """What of the task decides a figure beside its name, as plain values; empty: nothing."""
+        return {}
+
+    def truth(self, data: EvaluationSet, rows: Sequence[int]) -> Tensor:
+        """What is known of the images at ``rows``, one row each; the labels unless a task says otherwise."""
+        return data.labels_N[torch.as_tensor(rows, dtype=torch.long)]
+
+    def choices(self, data: EvaluationSet) -> int:
+        """Among how many answers each image is answered: what losses and targets of a protocol are fitted to."""
+        return len(data.class_names)
+
+    def chance(self, data: EvaluationSet) -> float:
+        """The share of the images that blind guessing gets right."""
+        return 1 / self.choices(data)
+
+    def notes(self, outputs: Any, truth_n: Tensor) -> dict[str, Tensor]:
+        """What is kept of each row beside whether it is right, one row an image; columns ``clean_NAME`` and ``NAME`` of the verdicts."""
+        return {}
+
+    def metrics(self, verdicts: Verdicts, data: EvaluationSet, context: Any) -> dict[str, Any]:
+        """Further figures over all rows."""
+        return {}
+
+    def classifier(self, model: ZeroShotModel, context: Any) -> Callable[[Tensor], Tensor] | None:
+        """The task as the doubts look at it: images to logits whose largest is the answer; none: no doubts are made."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -56,7 +100,7 @@ class ClassText:
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Task):
     """Zero-shot classification: right when the class with the largest logit is the label.
 
     Args:
@@ -67,6 +111,16 @@ class Classification:
 
     name: ClassVar[str] = "classification"
     losses: ClassVar[Mapping[str, Callable[..., Tensor]]] = {"ce": ce, "margin": margin, "dlr": dlr, "dlr_targeted": dlr_targeted}
+
+    def accept(self, data: EvaluationSet) -> None:
+        """Refuses captions.
+
+        Raises:
+            DataError: there are no classes.
+        """
+        if isinstance(data, CaptionedSet):
+            raise DataError(f"{data.name}/{data.split} has captions and no classes: ask for retrieval (--task aft.evaluation.Retrieval), "
+                            "or give labelled data.")
 
     def prepare(self, model: ZeroShotModel, data: EvaluationSet) -> ClassText:
         """Encodes every class name in every template, once."""
@@ -91,12 +145,23 @@ class Classification:
         """Whether that class is the label."""
         return self.answer(outputs) == truth_n
 
-    def metrics(self, verdicts: Verdicts, data: EvaluationSet) -> dict[str, Any]:
-        """For each class its n, clean and robust accuracy (none where the class has no image, or nothing attacked)."""
-        return {"per_class": {name: self._of_class(verdicts, label) for label, name in enumerate(data.class_names)}}
+    def notes(self, outputs: Tensor, truth_n: Tensor) -> dict[str, Tensor]:
+        """``confidence``: the probability of the answer, ``max softmax(logits)``."""
+        return {"confidence": outputs.softmax(1).amax(1)}
+
+    def metrics(self, verdicts: Verdicts, data: EvaluationSet, context: ClassText) -> dict[str, Any]:
+        """For each class its n, clean and robust accuracy (none where the class has no image, or nothing attacked); calibration."""
+        return {
+            "per_class": {name: self._of_class(verdicts, label) for label, name in enumerate(data.class_names)},
+            "calibration": calibration(verdicts),
+        }
 
     def _of_class(self, verdicts: Verdicts, label: int) -> dict[str, Any]:
         here = verdicts["label"] == label
         n, attacked = int(here.sum()), verdicts["right"].shape[1] > 0
         robust = float(np.mean(verdicts["right"][here, -1])) if n and attacked else None
         return {"n": n, "clean_accuracy": float(np.mean(verdicts["clean"][here])) if n else None, "robust_accuracy": robust}
+
+    def classifier(self, model: ZeroShotModel, context: ClassText) -> Callable[[Tensor], Tensor]:
+        """Itself."""
+        return lambda x_nCHW: self.forward(model, x_nCHW, context)

@@ -69,24 +69,30 @@ def doubts_of(cell: Cell, images: int, siblings: bool = False) -> dict[str, Doub
 
 
 def case_of(cell: Cell, verdicts: Verdicts, images: int, siblings: Sequence[ZeroShotModel] = ()) -> Case | None:
-    """The first images that are right when clean; none where there are fewer than four."""
+    """The first images that are right when clean; none where there are fewer than four, or the task is no classifier.
+
+    An image is called right while the model answers what it answered when clean, which was right.
+    """
     rows = verdicts["row"][verdicts["clean"]][:images]
     if len(rows) < FEWEST_IMAGES:
         return None
     model, task = cell.model, cell.task
     device = next(model.parameters()).device
-    batch, context = cell.data.batch([int(row) for row in rows]), task.prepare(model, cell.data)
-    assert batch.labels is not None
+    images_nCHW = cell.in_space(cell.data.batch([int(row) for row in rows]).images.to(device))
+    logits = task.classifier(model, task.prepare(model, cell.data))
+    if logits is None:
+        return None
+    answers_n = torch.from_numpy(verdicts["clean_answer"][np.isin(verdicts["row"], rows)]).to(device)
     robust = verdicts["right"][np.isin(verdicts["row"], rows), -1] if verdicts["right"].shape[1] else np.ones(len(rows), dtype=bool)
 
     def logits_of(one: ZeroShotModel) -> Callable[[Tensor], Tensor]:
-        """Over the same classes."""
-        texts = task.prepare(one, cell.data)
-        return lambda x_nCHW: task.forward(one, x_nCHW, texts)
+        """Over the same answers."""
+        found = task.classifier(one, task.prepare(one, cell.data))
+        assert found is not None
+        return found
 
     return Case(
-        lambda x_nCHW: task.forward(model, x_nCHW, context), cell.in_space(batch.images.to(device)), batch.labels.to(device),
-        cell.protocol.eps or 0.0, cell.protocol.norm or "linf", modules=[model], seed=cell.seed,
+        logits, images_nCHW, answers_n, cell.protocol.eps or 0.0, cell.protocol.norm or "linf", modules=[model], seed=cell.seed,
         siblings=[logits_of(other.to(device).eval()) for other in siblings],
         robust_n=torch.from_numpy(robust).to(device), undefended=logits_of(model.undefended) if model.stages.declared else None,
     )  # fmt: skip
