@@ -36,11 +36,13 @@ from aft.errors import AftError, ConfigError, unknown_name
 from aft.evaluation import Cell, Classification, Place, Protocol, Task, evaluate, first, plan, report, robustbench, zero_shot
 from aft.evaluation.collect import collect
 from aft.evaluation.compare import compare
+from aft.evaluation.corruptions import Corruptions
 from aft.evaluation.judge import Survivors, cell_under
 from aft.evaluation.pages import Content, again, attacked, kept, picture, publish
 from aft.evaluation.pages.build import as_shown
 from aft.evaluation.picture import draw_curve
 from aft.evaluation.place import now_and_then, torch_device, use_threads
+from aft.evaluation.protocols import WITHOUT_ATTACK
 from aft.evaluation.published import PUBLISHED
 from aft.evaluation.report import Labelled
 from aft.evaluation.runner import card_path, survivors_of
@@ -58,8 +60,9 @@ class Measurement:
         split: of the data set.
         task: what is asked: none: classification; aft.evaluation.Retrieval for captions, or a class of your own (docs/add_a_task.md).
         label_spaces: name -> class names to keep and to classify among; null: all classes.
-        protocols: any of clean, pgd, apgd, strict, four, autoattack_standard, autoattack_rand, or of the literature, which bring their
-            own radius, steps, templates and pixels (tecoa, pmg_aft, tga_zsr, robustvlm, ttc, agft); each is a column.
+        protocols: any of clean, corruptions, pgd, apgd, strict, four, autoattack_standard, autoattack_rand, or of the literature, which
+            bring their own radius, steps, templates and pixels (tecoa, pmg_aft, tga_zsr, robustvlm, ttc, agft); each is a column.
+        corruptions: kinds and severities of the protocol of that name.
         eps: radii in units of the pixel range, such as 2/255.
         norm: of the radii.
         steps: of each attack (strict, four and autoattack have their own).
@@ -86,6 +89,7 @@ class Measurement:
     task: Task | None = None
     label_spaces: dict[str, list[str] | None] = field(default_factory=lambda: {"all": None})
     protocols: list[str] = field(default_factory=lambda: ["pgd", "apgd"])
+    corruptions: Corruptions = field(default_factory=Corruptions)
     eps: list[float | str] = field(default_factory=lambda: ["1/255", "2/255", "4/255"])
     norm: Norm = "linf"
     steps: int = 20
@@ -166,11 +170,12 @@ class Measurement:
         if len(asked) < len(self.eps):
             print(f"eps = {self.eps} names a radius more than once: it is measured once.")
         for name in dict.fromkeys(self.protocols):
-            radii = [0.0] if name == "clean" or name in PUBLISHED else list(asked)
+            radii = [0.0] if name in WITHOUT_ATTACK or name in PUBLISHED else list(asked)
             if not radii:
                 raise ConfigError(f"protocol {name} needs eps: give one radius or more, such as 2/255.")
             for eps in radii:
-                yield plan(name, eps=eps, steps=self.steps, targets=self.targets, classes=classes, norm=self.norm)
+                yield plan(name, eps=eps, steps=self.steps, targets=self.targets, classes=classes, norm=self.norm,
+                           corruptions=self.corruptions)
 
     def loaded(self) -> list[tuple[str, ZeroShotModel]]:
         """All models, each with its name in tables; before anything is measured, so that a missing file is known at once."""

@@ -115,6 +115,7 @@ class Cell:
             "settings": [planned.attack.describe() for planned in self.protocol.attacks], "defense": None, "seeds": self.seeds,
             "precision": "fp32", **({"survivors": self.survivors.cell} if self.survivors else {}),
             **({"scale": self.protocol.scale} if self.protocol.scale else {}),
+            **({"corruptions": self.protocol.corruptions.describe()} if self.protocol.corruptions else {}),
             **({"task_settings": told} if (told := self.task.describe(self.data)) else {}),
         })  # fmt: skip
 
@@ -204,10 +205,20 @@ class Judge:
         for planned in self.cell.protocol.attacks:
             shown = planned.limit(len(self.cell.data))
             self.attack(planned, course, torch.tensor([row < shown for row in rows], device=self.device))
+        corrupted = self.corrupted(shown_nCHW, truth_n, batch.index, keys_n)
         columns = {"row": torch.as_tensor(rows), "index": batch.index, "clean_answer": seen.answer_n, "clean": seen.right_n}
         labels = {} if batch.labels is None else {"label": batch.labels}
         clean = {f"clean_{name}": note for name, note in seen.notes.items()}
-        return {name: _array(column) for name, column in {**columns, **labels, **clean, **course.columns()}.items()}, course.shown_nCHW
+        columns |= labels | clean | corrupted | course.columns()
+        return {name: _array(column) for name, column in columns.items()}, course.shown_nCHW
+
+    def corrupted(self, images_nCHW: Tensor, truth_n: Tensor, index_n: Tensor, keys_n: Tensor) -> dict[str, Tensor]:
+        """The column ``corrupted``, bool ``[n, kinds times severities]``: whether each is right on each corrupted image."""
+        told = self.cell.protocol.corruptions
+        if told is None:
+            return {}
+        rights = [self.look(told.apply(images_nCHW, index_n, *one), truth_n, keys_n).right_n for one in told.each()]
+        return {"corrupted": torch.stack(rights, 1)}
 
     def look(self, images_nCHW: Tensor, truth_n: Tensor, keys_n: Tensor) -> Seen:
         """The fresh forward. It knows nothing of any attack (E2), nor its random numbers."""

@@ -16,6 +16,7 @@ from aft.attacks.base import Attack
 from aft.attacks.objectives import CLASSES_NEEDED, LossName
 from aft.attacks.threat_model import Norm, pixel_fraction
 from aft.errors import ConfigError, unknown_name
+from aft.evaluation.corruptions import Corruptions
 from aft.evaluation.published import PUBLISHED, Published, Space
 
 #: Step size of the evaluation's PGD as a share of eps, times the number of steps: the walk can cross the ball (arXiv 1706.06083).
@@ -89,6 +90,7 @@ class Protocol:
         space: where the ball lies: in ``native`` pixels, or in those of the ``model``'s input, after the resize.
         templates: of the class texts; none: the data set's.
         scale: factor on cosines in loss and verdict; none: the model's.
+        corruptions: on which corrupted images accuracy is counted, too; none: on none.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Protocol:
     space: Space = "native"
     templates: tuple[str, ...] | None = None
     scale: float | None = None
+    corruptions: Corruptions | None = None
 
 
 def pgd(budget: Budget) -> tuple[Planned, ...]:
@@ -159,9 +162,12 @@ def _stock(name: StockName, budget: Budget, targets: int, eot: int = 1) -> Plann
 
 
 PROTOCOLS: dict[str, Callable[[Budget], tuple[Planned, ...]]] = {
-    "clean": lambda _: (), "pgd": pgd, "apgd": apgd, "strict": strict, "four": four, "autoattack_standard": autoattack_standard,
-    "autoattack_rand": autoattack_rand,
+    "clean": lambda _: (), "corruptions": lambda _: (), "pgd": pgd, "apgd": apgd, "strict": strict, "four": four,
+    "autoattack_standard": autoattack_standard, "autoattack_rand": autoattack_rand,
 }  # fmt: skip
+
+#: These attack nothing and have no radius.
+WITHOUT_ATTACK = ("clean", "corruptions")
 
 
 def of_the_literature(told: Published, classes: int) -> Protocol:
@@ -170,17 +176,19 @@ def of_the_literature(told: Published, classes: int) -> Protocol:
     return Protocol(told.name, attacks, "linf", told.eps, told.fidelity, told.space, told.templates, told.scale)
 
 
-def plan(name: str, *, eps: float | str, steps: int, targets: int, classes: int, norm: Norm = "linf") -> Protocol:
+def plan(name: str, *, eps: float | str, steps: int, targets: int, classes: int, norm: Norm = "linf",
+         corruptions: Corruptions | None = None) -> Protocol:  # fmt: skip
     """The attacks that a protocol means for this radius and this number of classes.
 
     Args:
         name: one of ``PROTOCOLS``, or of ``PUBLISHED``, which bring their own radius and steps.
-        eps: radius in units of the pixel range, a number or a text such as ``"2/255"``; not read by ``clean``. At 0 every attack
-            leaves the images as they are, and the robust accuracy is the clean one.
+        eps: radius in units of the pixel range, a number or a text such as ``"2/255"``; not read by ``clean`` and ``corruptions``. At 0
+            every attack leaves the images as they are, and the robust accuracy is the clean one (L1 has no radius of 0).
         steps: of each attack.
         targets: of a targeted attack, clipped to ``classes - 1``.
         classes: K of the label space, 2 or more.
         norm: ``linf``, ``l2`` or ``l1``.
+        corruptions: what the protocol of that name looks at; none: all kinds at all severities.
 
     Raises:
         ConfigError: unknown name, a radius outside the pixel range, no steps, no targets, or fewer than 2 classes.
@@ -189,8 +197,8 @@ def plan(name: str, *, eps: float | str, steps: int, targets: int, classes: int,
         raise ConfigError(unknown_name("protocol", name, [*PROTOCOLS, *PUBLISHED]))
     if classes < 2:
         raise ConfigError(f"a label space of {classes} class cannot be got wrong: give two classes or more.")
-    if name == "clean":
-        return Protocol("clean")
+    if name in WITHOUT_ATTACK:
+        return Protocol(name, corruptions=(corruptions or Corruptions()) if name == "corruptions" else None)
     if name in PUBLISHED:
         return of_the_literature(PUBLISHED[name], classes)
     radius = pixel_fraction(eps)

@@ -23,6 +23,7 @@ CSV_COLUMNS = (
     "label", "model", "method", "sha256", "data", "split", "label_space", "classes", "n", "protocol", "fidelity", "norm", "eps", "space",
     "resolution", "attacks", "steps", "targets", "precision", "clean_accuracy", "clean_standard_error", "robust_accuracy",
     "robust_standard_error", "attack_success_drop", "attack_success_of_right", "calibration_error_clean", "calibration_error_attacked",
+    "mean_corruption_accuracy", "mean_corruption_standard_error",
     "chance", "largest_class_share", "verdict", "failed_checks", "external", "cell", "created",
 )  # fmt: skip
 VERDICT_ORDER = ("suspect", "unchecked", "reliable")
@@ -74,11 +75,12 @@ def rows_of(labelled: Sequence[Labelled]) -> list[list[Labelled]]:
 
 
 def table(labelled: Sequence[Labelled]) -> Table:
-    """One row for each model, data set, label space and radius; one column of robust accuracy for each protocol.
+    """One row for each model, data set, label space and radius; one column of robust accuracy for each protocol, or, for the protocol
+    ``corruptions``, of mean corruption accuracy.
 
     There is a column of n where rows differ in it; else it stands beneath.
     """
-    protocols = list(dict.fromkeys(printed(card["protocol"]) for _, card in labelled if card["threat"] is not None))
+    protocols = list(dict.fromkeys(printed(card["protocol"]) for _, card in labelled if card["protocol"]["name"] != "clean"))
     sheet = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     for name in ("model", "data"):
         sheet.add_column(name, overflow="fold")
@@ -108,7 +110,9 @@ def _table_cells(row: list[Labelled], protocols: Sequence[str], with_n: bool) ->
 
 
 def _robust_text(card: Card) -> str:
-    """With an asterisk where an attack from outside lowered it."""
+    """With an asterisk where an attack from outside lowered it; of a card of corruptions the mean accuracy on them."""
+    if (told := card["metrics"].get("corruptions")) is not None:
+        return percent(told["mean_accuracy"], told["standard_error"])
     return percent(card["robust_accuracy"], card["standard_error"]["robust"]) + ("*" if card["external"] else "")
 
 
@@ -130,10 +134,33 @@ def footnotes(labelled: Sequence[Labelled]) -> list[str]:
         notes.append(f"* lowered by an attack from outside: {source}")
     if any("spared" in card["metrics"] for _, card in labelled):
         notes.append("Largest radius first: images that it did not break count as robust at the smaller ones and were not attacked again.")
+    if any(card["robust_accuracy"] is not None for _, card in labelled):
+        notes.append("table.csv has attack success by both definitions (drop: clean minus robust accuracy; of right: wrong after the "
+                     "attack among those right before) and calibration errors.")
+    notes += [line for label, card in labelled for line in _more(label, card)]
     chances = {data_text(card): card["chance"] for _, card in labelled}
     notes.append(f"Chance: {', '.join(f'{name} {100 * chance:.1f} %' for name, chance in chances.items())}. "
                  "Top: share of the class predicted most often, clean or attacked, in %.")
     return notes
+
+
+def _more(label: str, card: Card) -> list[str]:
+    """Lines on what stands in no column: recall at each k, and what corruptions were looked at."""
+    lines = []
+    if (recall := card["metrics"].get("recall")) is not None:
+        for way, name in (("image_to_text", "image to text"), ("text_to_image", "text to image")):
+            told, states = recall[way], ["clean"] if card["threat"] is None else ["clean", "attacked"]
+            figures = [f"at {k.removeprefix('recall_at_')} " + ", ".join(
+                f"{state} {percent(one[state], one[f'{state}_standard_error'])}" for state in states)
+                for k, one in told.items() if k.startswith("recall_at_")]  # fmt: skip
+            where = f"{label}, {data_text(card)}, {printed(card['protocol'])} {eps_text(card)}"
+            lines.append(f"Recall, {name}, % ({where}; n = {told['n']:,}): {'; '.join(figures)}.")
+    if (told := card["metrics"].get("corruptions")) is not None:
+        worst = min(told["per_kind"], key=lambda kind: told["per_kind"][kind]["mean_accuracy"])
+        lines.append(f"corruptions ({label}, {data_text(card)}): mean accuracy over {len(told['kinds'])} kinds at severities "
+                     f"{', '.join(map(str, told['severities']))} of {told['table']}'s table; lowest for {worst}, "
+                     f"{100 * told['per_kind'][worst]['mean_accuracy']:.1f} %.")
+    return lines
 
 
 def _attack_text(attack: dict[str, Any]) -> str:
@@ -163,7 +190,7 @@ def write_csv(labelled: Sequence[Labelled], path: Path) -> Path:
 def _csv_row(label: str, card: Card) -> dict[str, Any]:
     model, data, attacks, threat = card["model"], card["data"], card["attacks"], card["threat"] or {}
     success = attack_success(card["clean_accuracy"], card["robust_accuracy"], data["n"]).get("attack_success", {})
-    calibrated = card["metrics"].get("calibration", {})
+    calibrated, corrupted = card["metrics"].get("calibration", {}), card["metrics"].get("corruptions", {})
     columns = {
         "label": label, "model": model["name"], "method": model["method"], "sha256": model["sha256"], "data": data["name"],
         "protocol": card["protocol"]["name"], "fidelity": card["protocol"]["fidelity"],
@@ -172,6 +199,7 @@ def _csv_row(label: str, card: Card) -> dict[str, Any]:
         "failed_checks": "+".join(card["verdict"]["failed_checks"]), "external": (card["external"] or {}).get("source"),
         "attack_success_drop": success.get("drop"), "attack_success_of_right": success.get("of_right"),
         "calibration_error_clean": calibrated.get("clean"), "calibration_error_attacked": calibrated.get("attacked"),
+        "mean_corruption_accuracy": corrupted.get("mean_accuracy"), "mean_corruption_standard_error": corrupted.get("standard_error"),
         "clean_standard_error": card["standard_error"]["clean"], "robust_standard_error": card["standard_error"]["robust"],
     }  # fmt: skip
     same = {name: {**card, **data, **threat}.get(name) for name in CSV_COLUMNS if name not in columns}

@@ -21,6 +21,7 @@ from aft.cards import Card, Verdicts, attack_success
 from aft.clip.model import ZeroShotModel
 from aft.evaluation import origin
 from aft.evaluation.checks import failed
+from aft.evaluation.corruptions import corruption_metrics
 from aft.evaluation.doubts import dear_of
 from aft.evaluation.judge import Cell, Cost, Judge, Survivors, scoring
 from aft.evaluation.place import Place
@@ -178,7 +179,8 @@ def summarise(cell: Cell, verdicts: Verdicts, costs: NDArray[Any], command: str 
         "protocol": {"name": cell.protocol.name, "fidelity": cell.protocol.fidelity}, "threat": cell.threat, "attacks": cell.attacks,
         "defense": None, "seeds": cell.seeds, "precision": "fp32", "clean_accuracy": clean, "robust_accuracy": robust, "per_attack": left,
         "metrics": {**cell.task.metrics(verdicts, cell.data, cell.task.prepare(cell.model, cell.data)), "largest_class_shares": shares,
-                    **_attacked(cell, verdicts), **attack_success(clean, robust, n)},
+                    **_attacked(cell, verdicts), **attack_success(clean, robust, n),
+                    **(corruption_metrics(verdicts, cell.protocol.corruptions) if cell.protocol.corruptions else {})},
         "standard_error": {"clean": cards.standard_error(clean, n), "robust": None if robust is None else cards.standard_error(robust, n)},
         "chance": cell.task.chance(cell.data), "largest_class_share": max(share for share in shares.values() if share is not None),
         "verdict": {"status": "suspect" if problems else "unchecked", "failed_checks": problems},
