@@ -104,8 +104,8 @@ class Shards(ImageData):
             DataError: held-out images have other classes than the training images.
         """
         names = tuple(phrases[0] for phrases in self.manifest(split).classes or ())
-        trained = tuple(phrases[0] for phrases in self.class_phrases)
-        if split == "holdout" and trained and names != trained:
+        trained = tuple(phrases[0] for phrases in self.class_phrases) if split == "holdout" else ()
+        if trained and names != trained:
             raise DataError(f"the holdout shards of {self.name} have other classes ({', '.join(names[:4])} ...) than the training shards "
                             f"({', '.join(trained[:4])} ...): make both from one source (--holdout).")
         return names

@@ -4,8 +4,9 @@ from aft.evaluation.protocols import PROTOCOLS, Planned, Protocol, plan
 from aft.evaluation.retrieval import Retrieval
 from aft.evaluation.runner import Cell, Place, evaluate
 from aft.evaluation.subsets import first, nested_order
-from aft.evaluation.tasks import Classification, Task
+from aft.evaluation.tasks import Classification, RightLast, Task
 
 __all__ = [
-    "Cell", "Classification", "PROTOCOLS", "Place", "Planned", "Protocol", "Retrieval", "Task", "evaluate", "first", "nested_order", "plan",
+    "Cell", "Classification", "PROTOCOLS", "Place", "Planned", "Protocol", "Retrieval", "RightLast", "Task",
+    "evaluate", "first", "nested_order", "plan",
 ]  # fmt: skip

@@ -10,22 +10,22 @@ Shapes: n images, N of the data set, T texts of the gallery, D embedding width, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from aft.attacks.base import Judged, Objective
-from aft.attacks.objectives import ClassificationObjective, LossName, TargetedLoss, ce, dlr, dlr_targeted, margin
+from aft.attacks.base import Objective
+from aft.attacks.objectives import LossName, ce, dlr, dlr_targeted, margin
 from aft.batch import CaptionedSet, EvaluationSet
 from aft.cards import Verdicts, digest, standard_error
 from aft.clip.model import Encoding, ZeroShotModel
 from aft.clip.stages import Draw, encode_in_stages
 from aft.errors import ConfigError, DataError
-from aft.evaluation.tasks import ClassText, Task
+from aft.evaluation.tasks import ClassText, RightLast, Task
 
 #: Texts that are compared with all images at once.
 CHUNK = 1024
@@ -62,43 +62,6 @@ def over_gallery(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return loss(one_right(outputs.logits_nT, truth_nT), labels_n, *targets_n)
 
     return of
-
-
-@dataclass(frozen=True, eq=False)
-class GalleryObjective:
-    """Retrieval under attack: a classification objective over :func:`one_right`, whose true texts differ from image to image.
-
-    Args:
-        logits: maps images to logits over the gallery, ``[n, T]``.
-        truth_BT: which texts are true of which image.
-        loss: as in :class:`aft.attacks.ClassificationObjective`.
-        targets_B: places in the gallery to go to; for the targeted losses alone.
-        modules: what to freeze and put in eval mode during the attack.
-    """
-
-    logits: Callable[[Tensor], Tensor]
-    truth_BT: Tensor
-    loss: LossName = "ce"
-    targets_B: Tensor | None = None
-    modules: Sequence[nn.Module] = ()
-
-    def __call__(self, x_nCHW: Tensor, rows_n: Tensor) -> Judged:
-        """Loss, and whether a wrong text is at least as near as every true one."""
-        return self._of(rows_n)(x_nCHW, torch.arange(len(rows_n), device=rows_n.device))
-
-    def wrong_classes(self, x_nCHW: Tensor, rows_n: Tensor, count: int) -> Tensor:
-        """The ``count`` nearest wrong texts, int64 ``[n, count]``."""
-        return self._of(rows_n).wrong_classes(x_nCHW, torch.arange(len(rows_n), device=rows_n.device), count)
-
-    def towards(self, targets_B: Tensor, loss: TargetedLoss = "dlr_targeted") -> GalleryObjective:
-        """The same under a targeted loss."""
-        return replace(self, loss=loss, targets_B=targets_B)
-
-    def _of(self, rows_n: Tensor) -> ClassificationObjective:
-        truth_nT = self.truth_BT[rows_n]
-        labels_n = torch.full_like(rows_n, truth_nT.shape[1])
-        targets_n = None if self.targets_B is None else self.targets_B[rows_n]
-        return ClassificationObjective(lambda x: one_right(self.logits(x), truth_nT), labels_n, self.loss, targets_n, self.modules)
 
 
 @dataclass(frozen=True)
@@ -153,7 +116,7 @@ class Retrieval(Task):
     def objective(self, model: ZeroShotModel, context: ClassText, truth_n: Tensor, loss: LossName) -> Objective:
         """A classification loss over the gallery; targeted attacks aim it themselves, so for them it starts as cross-entropy."""
         start: LossName = "ce" if loss == "dlr_targeted" else loss
-        return GalleryObjective(self.classifier(model, context), truth_n, start, modules=[model])
+        return RightLast(self.classifier(model, context), one_right, truth_n, start, modules=[model])
 
     def answer(self, outputs: Sight) -> Tensor:
         """The nearest text."""

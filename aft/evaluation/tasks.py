@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from aft.attacks.base import Objective
-from aft.attacks.objectives import ClassificationObjective, LossName, ce, dlr, dlr_targeted, margin
+from aft.attacks.base import Judged, Objective
+from aft.attacks.objectives import ClassificationObjective, LossName, TargetedLoss, ce, dlr, dlr_targeted, margin
 from aft.batch import CaptionedSet, EvaluationSet
 from aft.cards import Verdicts
 from aft.clip.model import ZeroShotModel
@@ -90,6 +90,50 @@ class Task(ABC):
     def classifier(self, model: ZeroShotModel, context: Any) -> Callable[[Tensor], Tensor] | None:
         """The task as the doubts look at it: images to logits whose largest is the answer; none: no doubts are made."""
         return None
+
+
+@dataclass(frozen=True, eq=False)
+class RightLast:
+    """An attack's objective for a task whose truth is more than a label: a classification whose right answer is the last of its columns.
+
+    Every classification loss applies, also the targeted ones, and so do all attacks but the authors' AutoAttack.
+
+    Args:
+        outputs: maps images to what the task says of them.
+        reduce: of outputs and the truth of the same images makes logits ``[n, X]``: the wrong answers (-inf where there is none), then the
+            right one. An image is broken as soon as a wrong one is at least as large.
+        truth_B: with one row an image.
+        loss: as in :class:`aft.attacks.ClassificationObjective`.
+        targets_B: columns to go to; for the targeted losses alone.
+        modules: what to freeze and put in eval mode during the attack.
+    """
+
+    outputs: Callable[[Tensor], Any]
+    reduce: Callable[[Any, Tensor], Tensor]
+    truth_B: Tensor
+    loss: LossName = "ce"
+    targets_B: Tensor | None = None
+    modules: Sequence[nn.Module] = ()
+
+    def __call__(self, x_nCHW: Tensor, rows_n: Tensor) -> Judged:
+        """The loss to be maximised and the verdict."""
+        objective, own_n = self._of(x_nCHW, rows_n)
+        return objective(x_nCHW, own_n)
+
+    def wrong_classes(self, x_nCHW: Tensor, rows_n: Tensor, count: int) -> Tensor:
+        """The columns of the ``count`` largest wrong answers, int64 ``[n, count]``."""
+        objective, own_n = self._of(x_nCHW, rows_n)
+        return objective.wrong_classes(x_nCHW, own_n, count)
+
+    def towards(self, targets_B: Tensor, loss: TargetedLoss = "dlr_targeted") -> RightLast:
+        """The same under a targeted loss."""
+        return replace(self, loss=loss, targets_B=targets_B)
+
+    def _of(self, x_nCHW: Tensor, rows_n: Tensor) -> tuple[ClassificationObjective, Tensor]:
+        logits_nX = self.reduce(self.outputs(x_nCHW), self.truth_B[rows_n])
+        labels_n = torch.full_like(rows_n, logits_nX.shape[1] - 1)
+        targets_n = None if self.targets_B is None else self.targets_B[rows_n]
+        return ClassificationObjective(lambda _: logits_nX, labels_n, self.loss, targets_n), torch.arange(len(rows_n), device=rows_n.device)
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from aft.batch import ClassData
+from aft.batch import CaptionedSet, ClassData
 from aft.clip import ModelSpec
 from aft.errors import ConfigError, DataError
 from aft.methods import ContrastivePretraining
-from datamodules import Captions
+from datamodules import Captions, Shards
+from datamodules.caption_table import main as caption_table
 from datamodules.captions import read_table
+from datamodules.manifest import stable_number
 from tests.conftest import make_trainer
+from tests.datamodules.conftest import png
 from tests.datamodules.test_order import fit
 
 PAIRS = [("train/cat/000.png", "a cat, grey"), ("train/cat/001.png", 'a "cat"'), ("train/dog/000.png", "ein Hund fällt")]
@@ -79,3 +86,54 @@ def test_resume_and_training(make_folder, tmp_path: Path) -> None:
     assert trainer.global_step == 2
     with pytest.raises(ConfigError, match="needs 13 training images"):
         Captions(str(tmp_path / "pairs.csv"), batch_size=13).train_dataloader()
+
+
+def test_a_table_to_retrieve_from(make_folder, zipped, tmp_path: Path) -> None:
+    """Rows with one path are one image with several captions; from a folder or, in place, from a zip; splits are named."""
+    folder = make_folder()
+    rows = [("cat/000.png", "a cat"), ("dog/000.png", "a dog"), ("cat/000.png", "grey"), ("cat/001.png", "a cat")]
+    table = tmp_path / "pairs.csv"
+    table.write_text("image,caption\n" + "".join(f"{image},{text}\n" for image, text in rows))
+    sets = [Captions(test=str(table), images=str(where)).evaluation_set("test") for where in (folder, zipped(folder))]
+    for found in sets:
+        assert isinstance(found, CaptionedSet) and (len(found), found.index_N.tolist(), found.name) == (3, [0, 1, 2], "pairs")
+        assert [[found.class_names[place] for place in true] for true in found.true_texts] == [["a cat", "grey"], ["a dog"], ["a cat"]]
+    assert (sets[0].batch([0, 2]).images == sets[1].batch([0, 2]).images).all()
+    data = Captions(test=str(table), images=str(folder))
+    with pytest.raises(DataError, match="pairs has no train images: give their table as train"):
+        data.setup("fit")
+    with pytest.raises(DataError, match="pairs has no train images"):
+        data.evaluation_set("train")
+    with pytest.raises(ConfigError, match="unknown split 'tets'.*did you mean 'test'"):
+        data.evaluation_set("tets")
+    table.write_text("image,caption\ncat/000.png,a cat\ncow/9.png,a cow\n")
+    with pytest.raises(DataError, match="1 of 2 images of .*cow/9.png"):
+        Captions(test=str(table), images=str(zipped(folder))).evaluation_set("test")
+
+
+def test_captions_that_name_the_class(make_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every image once, with its class name in the template; a template without a place is an error with exit status 2."""
+    folder, table = make_folder(), tmp_path / "made" / "names.csv"
+    assert caption_table([str(folder), str(table), "--template", "one {}"]) == 0 and "12 images" in capsys.readouterr().out
+    pairs = read_table(table)
+    assert len(pairs) == 12 and pairs[0] == ("cat/000.png", "one cat") and pairs[-1] == ("sea_horse/003.png", "one sea horse")
+    found = Captions(test=str(table), images=str(folder)).evaluation_set("test")
+    assert len(found) == 12 and len(found.class_names) == 3
+    assert caption_table([str(folder), str(table), "--template", "one"]) == 2 and "exactly one" in capsys.readouterr().err
+
+
+def test_caption_shards_to_retrieve_from(make_shards) -> None:
+    """Samples with the same encoded image are one image; lines of a text are captions; numbers are the shards'."""
+    repeated = {"003.png": png(1), "001.txt": b"a cat\n\n grey  fur\n", "003.txt": b"a cat", "002.txt": b"a cat"}
+    data = Shards("none", test=str(make_shards((3, 3), kind="caption", name="pairs", replace=repeated)))
+    found = data.evaluation_set("test")
+    assert isinstance(found, CaptionedSet) and len(found) == 5
+    texts = [[found.class_names[place] for place in true] for true in found.true_texts]
+    assert texts == [["picture 0"], ["a cat", "grey fur"], ["a cat"], ["picture 4"], ["picture 5"]]
+    assert found.index_N.tolist() == [stable_number(f"shard-{n // 3:05d}.tar", f"{n:03d}") for n in (0, 1, 2, 4, 5)]
+    picture = torch.from_numpy(np.asarray(Image.open(io.BytesIO(png(4))))).permute(2, 0, 1) / 255
+    assert torch.equal(found.batch([3]).images[0], picture)
+    with pytest.raises(DataError, match="001: no caption in .txt or .json. Make the shards again"):
+        Shards("none", test=str(make_shards((3,), kind="caption", name="bare", replace={"001.txt": b" \n"}))).evaluation_set("test")
+    labelled = Shards("none", test=str(make_shards(name="labels"))).evaluation_set("test")
+    assert not isinstance(labelled, CaptionedSet) and labelled.class_names == ("cat", "dog")
