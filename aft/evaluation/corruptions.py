@@ -139,14 +139,13 @@ def corruption_metrics(verdicts: Verdicts, corruptions: Corruptions) -> dict[str
     """
     right_NKS = verdicts["corrupted"].reshape(len(verdicts["row"]), len(corruptions.kinds), len(corruptions.severities))
     per_kind = {
-        kind: {**_mean(right_NKS[:, place]), "by_severity": dict(zip(map(str, corruptions.severities),
-                                                                   right_NKS[:, place].mean(0).tolist(), strict=True))}
+        kind: {**_mean(right_NKS[:, place]), "by_severity": right_NKS[:, place].mean(0).tolist()}
         for place, kind in enumerate(corruptions.kinds)
-    }  # fmt: skip
+    }
     return {"corruptions": {**corruptions.describe(), "n": len(right_NKS), **_mean(right_NKS), "per_kind": per_kind}}
 
 
 def _mean(right: NDArray[np.bool_]) -> dict[str, float | None]:
     shares_N = right.reshape(len(right), -1).mean(1)
     error = float(shares_N.std(ddof=1) / np.sqrt(len(shares_N))) if len(shares_N) > 1 else None
-    return {"mean_accuracy": float(shares_N.mean()), "standard_error": error}
+    return {"mean_accuracy": float(shares_N.mean()), "mean_accuracy_standard_error": error}

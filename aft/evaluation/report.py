@@ -112,7 +112,7 @@ def _table_cells(row: list[Labelled], protocols: Sequence[str], with_n: bool) ->
 def _robust_text(card: Card) -> str:
     """With an asterisk where an attack from outside lowered it; of a card of corruptions the mean accuracy on them."""
     if (told := card["metrics"].get("corruptions")) is not None:
-        return percent(told["mean_accuracy"], told["standard_error"])
+        return percent(told["mean_accuracy"], told["mean_accuracy_standard_error"])
     return percent(card["robust_accuracy"], card["standard_error"]["robust"]) + ("*" if card["external"] else "")
 
 
@@ -199,7 +199,8 @@ def _csv_row(label: str, card: Card) -> dict[str, Any]:
         "failed_checks": "+".join(card["verdict"]["failed_checks"]), "external": (card["external"] or {}).get("source"),
         "attack_success_drop": success.get("drop"), "attack_success_of_right": success.get("of_right"),
         "calibration_error_clean": calibrated.get("clean"), "calibration_error_attacked": calibrated.get("attacked"),
-        "mean_corruption_accuracy": corrupted.get("mean_accuracy"), "mean_corruption_standard_error": corrupted.get("standard_error"),
+        "mean_corruption_accuracy": corrupted.get("mean_accuracy"),
+        "mean_corruption_standard_error": corrupted.get("mean_accuracy_standard_error"),
         "clean_standard_error": card["standard_error"]["clean"], "robust_standard_error": card["standard_error"]["robust"],
     }  # fmt: skip
     same = {name: {**card, **data, **threat}.get(name) for name in CSV_COLUMNS if name not in columns}

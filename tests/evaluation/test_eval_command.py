@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import eval as command
 from aft.clip import ModelSpec, files, load_model
@@ -14,6 +15,8 @@ from aft.clip.pack import pack_tower
 from aft.clip.weights import named
 from aft.errors import AftError
 from aft.evaluation import runner
+from datamodules import Sample
+from datamodules.caption_table import main as caption_table
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "{m: {name: tiny}}"
@@ -200,7 +203,10 @@ def test_the_exit_status_says_what_happened(monkeypatch, capsys, error, status, 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "eval").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_files_are_understood(path, tmp_path, monkeypatch):
-    """Each is run for one part of four images with a tiny model in the place of its own, and on the sample; every key has a comment."""
+    """Each is run for one part of four images with a tiny model in the place of its own, and on the sample; every key has a comment.
+
+    Where captions are asked for, four photographs of the sample are captioned with their classes.
+    """
     monkeypatch.chdir(ROOT)
     lines = path.read_text().splitlines()
     keys = [number for number, line in enumerate(lines) if line and line[0].isalpha() and not line.startswith("data:")]
@@ -209,9 +215,36 @@ def test_shipped_files_are_understood(path, tmp_path, monkeypatch):
     models = ["--models", MODEL]
     if path.stem == "curve":
         data, models = ["curve"], ["--base.name", "tiny", "--robust.name", "tiny", "--robust.pretrained", "null", "--shares", "[0, 1]"]
+    if path.stem == "retrieval":
+        photos = Sample().evaluation_set("test")
+        for row in range(0, len(photos), len(photos) // 4):
+            pixels = (photos.batch([row]).images[0] * 255).byte().permute(1, 2, 0).numpy()
+            (tmp_path / "photos" / photos.class_names[int(photos.labels_N[row])]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "photos" / photos.class_names[int(photos.labels_N[row])] / f"{row}.png")
+        assert caption_table([str(tmp_path / "photos"), str(tmp_path / "pairs.csv")]) == 0
+        data = ["--data.test", str(tmp_path / "pairs.csv"), "--data.images", str(tmp_path / "photos"), "--task.recall_at", "[1, 3]"]
     words = [*data, "-c", str(path)] if path.stem == "curve" else ["-c", str(path), *data]
     made = command.main([*words, *models, "--n", "4", "--steps", "1", "--out", str(tmp_path)])
     assert made and {card["data"]["n"] for _, card in made} == {4}
+
+
+def test_l1_is_a_norm_as_the_others(tmp_path, capsys):
+    """Its radius is a sum of pixel changes; of the dear doubts those that apply are made, and asked for again nothing is; 0 is refused."""
+    words = ("--protocols", "[apgd]", "--norm", "l1", "--eps", "[3]", "--checks", "4", "--n", "100")
+    ((_, card),) = made = run(tmp_path, *words)
+    assert card["threat"]["norm"] == "l1" and card["threat"]["eps"] == 3 and "E1" not in card["verdict"]["failed_checks"]
+    asked = set(card["metrics"]["checks"]["made"])
+    assert {"E15", "E20", "E23", "E31"} <= asked and not asked & {"E18", "E19", "E21", "E22"}
+    said = capsys.readouterr().out
+    assert "apgd 3 l1" in said and " 3 l1 " in said
+    written = (tmp_path / "cards" / "m").glob("*-l1-*.json")
+    before = next(written).stat().st_mtime_ns
+    assert run(tmp_path, *words) == made and next((tmp_path / "cards" / "m").glob("*-l1-*.json")).stat().st_mtime_ns == before
+    for wrong, message in (("[0]", "no radius for L1"), ("[-12]", "is negative"), ("[4000]", r"outside \[0, 3072\] for L1")):
+        with pytest.raises(AftError, match=message):
+            run(tmp_path, "--protocols", "[pgd]", "--norm", "l1", "--eps", wrong)
+    with pytest.raises(AftError, match="FAB is here for linf and l2"):
+        run(tmp_path, "--protocols", "[four]", "--norm", "l1", "--eps", "[3]")
 
 
 def test_the_card_of_a_model_has_every_class(tmp_path):

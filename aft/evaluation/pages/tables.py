@@ -22,7 +22,7 @@ MARKS = {"reliable": "✓", "unchecked": "?", "suspect": "!"}
 #: Parts of a card's ``metrics`` that say how it was measured; everything else in there is a further figure.
 KNOWN_METRICS = {"per_class", "largest_class_shares", "attacked", "judged_otherwise", "checks", "spared"}
 #: Numbers among further figures that are none, and how the name of a standard error ends.
-SETTINGS, ERROR = {"n", "bins"}, "standard_error"
+SETTINGS, ERROR = {"n", "bins", "seed", "most_texts_of_an_image", "most_images_of_a_text"}, "standard_error"
 #: The unit of L-inf radii.
 GREY = "1/255"
 #: A mean is taken over so many data sets or more.
