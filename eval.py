@@ -281,7 +281,7 @@ class Report:
         out: folder for the files; null: the first folder of ``cards``, or the one above it where it is called ``cards``.
         against: folder, or list of folders, of another report: each figure of both is better, worse, or within the error.
         examples: weights or names of models to show a short attack on, with the embedded sample; none: images that keep_images kept.
-        not_zero_shot: data sets that models were trained on: left out of the means over sets.
+        not_zero_shot: data sets that models were trained on: left out of the means over sets, as is what embedded weights have seen.
         robustbench: folder for one JSON file a model and radius, in the form of RobustBench's model entries; null: none.
     """
 
@@ -289,7 +289,7 @@ class Report:
     out: Path | None = None
     against: Path | list[Path] | None = None
     examples: list[str] = field(default_factory=list)
-    not_zero_shot: list[str] = field(default_factory=lambda: ["tiny_imagenet32", "sample"])
+    not_zero_shot: list[str] = field(default_factory=list)
     robustbench: Path | None = None
 
     def run(self, command: str, effective: str) -> list[Labelled]:

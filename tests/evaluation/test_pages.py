@@ -11,10 +11,10 @@ import pytest
 
 from aft.evaluation.collect import collect
 from aft.evaluation.compare import compare
-from aft.evaluation.pages import Content, build, write_report
+from aft.evaluation.pages import Content, build, tables, write_report
 from aft.evaluation.pages.examples import Example, Examples, Picture
 from aft.evaluation.pages.tables import MARKS, anchor, groups_of, metrics_of
-from tests.made_up_cards import made_up, stored
+from tests.made_up_cards import HASH, made_up, stored
 
 ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "link", "input", "br", "img"}
@@ -228,7 +228,7 @@ def test_other_tasks_norms_and_figures_have_tables_of_their_own(tmp_path):
     assert "none on the card" in text and all(title in text for title in told) and page.all("svg")
 
 
-def test_the_mean_is_over_the_same_zero_shot_sets_for_all(tmp_path):
+def test_the_mean_is_over_the_same_zero_shot_sets_for_all(tmp_path, monkeypatch):
     """Sets that were trained on do not count; a model that lacks a set has no mean; the verdict is the worst, the error that of a mean."""
     for data, robust, n in (("toy", 0.2, 100), ("else", 0.4, 400), ("seen", 0.9, 100)):
         doubt = {"status": "unchecked" if data == "else" else "reliable", "failed_checks": []}
@@ -241,6 +241,8 @@ def test_the_mean_is_over_the_same_zero_shot_sets_for_all(tmp_path):
     assert number.share == pytest.approx(0.3)
     assert number.error == pytest.approx(((0.2 * 0.8 / 100 + 0.4 * 0.6 / 400) ** 0.5) / 2)
     assert "seen left out" in group.notes[0]
+    monkeypatch.setitem(tables.PRETRAINED_ON, HASH, ("seen",))
+    assert groups_of(collect([tmp_path]).labelled) == [group]
     (alone,) = groups_of(collect([tmp_path]).labelled, ["seen", "else"])
     assert not any(row.over for row in alone.rows) and alone.notes == []
 

@@ -20,7 +20,7 @@ def test_folders_are_given_by_place_or_by_name(tmp_path, capsys):
     """Several in turn; the same cards either way. The files lie in the first folder, or above it where it is called cards."""
     stored(tmp_path / "a", "m", made_up())
     stored(tmp_path / "b", "n", made_up(data="else"))
-    by_place = command.main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--not_zero_shot", "[else]"])
+    by_place = command.main(["report", str(tmp_path / "a"), str(tmp_path / "b")])
     assert files(tmp_path / "a") == FILES and files(tmp_path / "b") == set() and [label for label, _ in by_place] == ["m", "n"]
     said = capsys.readouterr().out
     assert f"page: {tmp_path}/a/report.html (" in said and "kB)" in said and "±" in said

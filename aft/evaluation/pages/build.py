@@ -29,10 +29,10 @@ from aft.evaluation.report import eps_text, percent
 HERE = Path(__file__).resolve().parent
 #: Above this a page is written without its example images, bytes.
 LARGEST_PAGE = 2 * 1024**2
-#: Panels of a table that are open at first; the others are one click away.
-OPEN_PANELS = 6
-#: Figures of attacks in turn that are open at first.
-OPEN_TURNS = 12
+#: Panels of a table that are open at first, and how many there are at most: the others are one click away, or left out.
+OPEN_PANELS, MOST_PANELS = 6, 18
+#: Lists that are longer are closed at first; tables that are longer scroll in a box of their own, and cards are put together by label.
+MANY, TALL = 12, 40
 #: Rows of ours that are shown beside published figures.
 MOST_OURS = 12
 #: The radii of published figures.
@@ -82,7 +82,9 @@ def again(content: Content, out: Path) -> None:
     if content.comparison is not None:
         print("\n".join([f"against {content.against}:", *content.comparison.lines()]))
     for kind, path in write_report(content, out).items():
-        print(f"{kind}: {path}" + (f" ({path.stat().st_size / 1000:,.0f} kB)" if kind == "page" else ""))
+        print(f"{kind}: {path} ({path.stat().st_size / 1000:,.0f} kB)")
+    if (out / "report.html").stat().st_size > LARGEST_PAGE:
+        print(f"the page is larger than {LARGEST_PAGE // 1024**2} MB: give fewer folders at once.")
 
 
 def publish(labelled: list[Labelled], out: Path) -> None:
@@ -143,10 +145,11 @@ def facts_of(content: Content) -> dict[str, Any]:
     return {
         "summary": _summary(found), "collection": found, "groups": groups, "notes": report.footnotes(as_shown(found.labelled)),
         "panels": panels, "has_panels": any(one["curves"] for one in panels.values()), "open_panels": OPEN_PANELS,
+        "most_panels": MOST_PANELS, "many": MANY, "tall": TALL,
         "legends": {name: _legend(one["curves"]) for name, one in panels.items()}, "marks_of_charts": charts,
         "choices": _choices(groups), "order": report.VERDICT_ORDER, "marks": MARKS, "failed": _failed(found),
         "externals": [one for one in found.labelled if one[1]["external"]], "metrics": metrics_of(found.labelled),
-        "gaps": gaps(found), "cards": told, "turns": [one for one in told if len(one["left"]) > 1], "open_turns": OPEN_TURNS,
+        "gaps": gaps(found), "cards": told, "turns": [one for one in told if len(one["left"]) > 1],
         "examples": content.examples, "attention": any("attention before" in one.columns for one in content.examples),
         "examples_left_out": False, "comparison": content.comparison, "against": content.against, "beyond": BEYOND,
         "literature": literature(), "ours": _ours(groups), "radii": RADII, "version": __version__,

@@ -70,9 +70,7 @@ class Panel:
     @property
     def words(self) -> str:
         """The panel for those who do not see it."""
-        return f"{self.y_name} over {self.x_name}, {self.title}: " + "; ".join(
-            f"{line.name}: {', '.join(point.words for point in line.points)}" for line in self.lines
-        )
+        return f"{self.title}: {self.y_name} over {self.x_name}, {len(self.lines)} lines; their figures are in the table."
 
 
 def curves(group: Group, models: Sequence[str]) -> list[Panel]:

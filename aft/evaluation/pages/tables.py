@@ -15,6 +15,7 @@ from aft.cards import Card, digest
 from aft.evaluation.collect import Labelled
 from aft.evaluation.published import printed
 from aft.evaluation.report import VERDICT_ORDER, data_text, eps_text, percent
+from aft.evaluation.zero_shot import PRETRAINED_ON
 
 NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1"}
 #: What stands behind a number: reliable, unchecked, suspect. Shapes differ, so that no colour is needed.
@@ -161,7 +162,14 @@ def worst(verdicts: Iterable[str]) -> str:
 
 
 def groups_of(labelled: Sequence[Labelled], left_out: Sequence[str] = ()) -> list[Group]:
-    """All cards as tables, those without an attack last; rows of means over zero-shot sets come after the rows that they are made of."""
+    """All cards as tables, those without an attack last; rows by label, data set and protocol, means over zero-shot sets first.
+
+    Args:
+        labelled: cards.
+        left_out: data sets that are zero-shot for none of the models; what embedded weights have seen is known.
+    """
+    hashes = {card["model"][key] for _, card in labelled for key in ("sha256", "base_sha256")}
+    left_out = [*left_out, *(name for sha256, names in PRETRAINED_ON.items() if sha256 in hashes for name in names)]
     by_group: dict[str, list[Labelled]] = {}
     for one in labelled:
         by_group.setdefault(group_title(one[1]), []).append(one)
@@ -191,8 +199,9 @@ def _group(title: str, found: Sequence[Labelled], left_out: Sequence[str]) -> Gr
         row.top = max(filter(lambda share: share is not None, (row.top, card["largest_class_share"])), default=None)
         if card["threat"] is not None and (number := number_of(label, card, "robust")):
             row.robust.setdefault(eps_text(card), []).append(number)
-    means, notes = _means([card for _, card in found], list(rows.values()), left_out)
-    return Group(title, columns, GREY if grey else "pixel range", [*rows.values(), *means], notes)
+    ordered = sorted(rows.values(), key=lambda row: (row.label, row.sha256, row.data, row.protocol, row.steps, row.n))
+    means, notes = _means([card for _, card in found], ordered, left_out)
+    return Group(title, columns, GREY if grey else "pixel range", [*means, *ordered], notes)
 
 
 def _row_key(label: str, card: Card) -> str:
