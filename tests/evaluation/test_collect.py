@@ -47,8 +47,8 @@ def test_copies_under_one_label_are_shown_once_and_that_with_an_external_number_
     """In two folders, or in one that is given twice, or in one inside the other."""
     card = made_up()
     told = {**card, "external": {"robust_accuracy": 0.1, "source": "somebody"}}
-    stored(tmp_path / "a", "m", told)
-    stored(tmp_path / "b", "m", card)
+    stored(tmp_path / "a", "m", card)
+    stored(tmp_path / "b", "m", told)
     stored(tmp_path / "b", "other", card)
     found = collect([tmp_path / "a", tmp_path / "b", tmp_path / "b" / "cards"])
     assert [(label, one["external"] is None) for label, one in found.labelled] == [("m", False), ("other", True)] and found.repeated == 1
