@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 import time
@@ -23,7 +22,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
 from lightning import LightningDataModule
 
 from aft.attacks.threat_model import Norm, pixel_fraction, radius_text
@@ -47,7 +45,7 @@ from aft.evaluation.published import PUBLISHED
 from aft.evaluation.report import Labelled
 from aft.evaluation.runner import card_path, survivors_of
 from aft.evaluation.subsets import first_of_each
-from aft.settings import defaults_of, in_short
+from aft.settings import in_short, parser_of, refusal
 from datamodules import Sample
 
 
@@ -335,26 +333,6 @@ COMMANDS: dict[str, type[Evaluate | Curve | Report | External]] = {
 }  # fmt: skip
 
 
-def parser_of(name: str) -> ArgumentParser:
-    """The command line of one command; the YAML of ``-c`` has the same keys."""
-    about = COMMANDS[name]
-    parser = ArgumentParser(prog=f"eval.py {name}", description=(about.__doc__ or "").split("\n")[0], exit_on_error=False)
-    parser.add_argument("-c", "--config", action="config", help="YAML with any of these settings; give several, and the later wins.")
-    parser.add_class_arguments(about, fail_untyped=True)
-    return parser
-
-
-def explained(error: ArgumentError, parser: ArgumentParser) -> ConfigError:
-    """jsonargparse's message on one line, with near matches where a setting is not known."""
-    text = " ".join(str(error).split())
-    unknown = re.search(r"Option '(\w+)[\w.]*' is not accepted|unrecognized arguments: --(\w+)", text)
-    if unknown is None:
-        return ConfigError(text)
-    of_class = re.search(r"class_path '([\w.]+)': Option", text)
-    known = defaults_of(of_class[1]) if of_class else {action.dest.split(".")[0]: None for action in parser._actions}
-    return ConfigError(f"{text} ({unknown_name('setting', unknown[1] or unknown[2], known.keys() - {'help', 'print_config'})})")
-
-
 def main(args: list[str] | None = None) -> list[Labelled]:
     """Runs one command and returns the cards that it made or read, each with the label of its model.
 
@@ -366,13 +344,13 @@ def main(args: list[str] | None = None) -> list[Labelled]:
     name = words.pop(0) if words and not words[0].startswith("-") else "evaluate"
     if name not in COMMANDS:
         raise ConfigError(unknown_name("command", name, COMMANDS))
-    parser = parser_of(name)
+    parser = parser_of(f"eval.py {name}", COMMANDS[name])
     if folders := list(takewhile(lambda word: name == "report" and not word.startswith("-"), words)):
         words = ["--cards", json.dumps(folders), *words[len(folders) :]]
     try:
         settings = parser.parse_args(words)
     except ArgumentError as error:
-        raise explained(error, parser) from error
+        raise refusal(error, parser) from error
     settings.pop("config", None)
     effective = parser.dump(settings, skip_unset=False)
     if name not in ("report", "external"):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
 
-from aft.errors import AftError, unknown_name
+from aft.errors import AftError, ConfigError, unknown_name
 
 
 def underlying(error: BaseException) -> BaseException:
@@ -149,3 +150,22 @@ def in_short(effective: str, defaults: str) -> str:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def parser_of(prog: str, about: type) -> ArgumentParser:
+    """The command line of a command whose settings are a class's arguments; the YAML of ``-c`` has the same keys."""
+    parser = ArgumentParser(prog=prog, description=(about.__doc__ or "").split("\n")[0], exit_on_error=False)
+    parser.add_argument("-c", "--config", action="config", help="YAML with any of these settings; give several, and the later wins.")
+    parser.add_class_arguments(about, fail_untyped=True)
+    return parser
+
+
+def refusal(error: ArgumentError, parser: ArgumentParser) -> ConfigError:
+    """What such a parser says, on one line, with near matches where a setting is not known."""
+    text = " ".join(str(error).split())
+    unknown = re.search(r"Option '(\w+)[\w.]*' is not accepted|unrecognized arguments: --(\w+)", text)
+    if unknown is None:
+        return ConfigError(text)
+    of_class = re.search(r"class_path '([\w.]+)': Option", text)
+    known = defaults_of(of_class[1]) if of_class else {action.dest.split(".")[0]: None for action in parser._actions}
+    return ConfigError(f"{text} ({unknown_name('setting', unknown[1] or unknown[2], known.keys() - {'help', 'print_config'})})")
