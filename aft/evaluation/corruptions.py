@@ -9,6 +9,7 @@ Shapes: n images, C channels, H rows, W columns, K kinds, S severities.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,10 +113,9 @@ def corrupter() -> Corrupter:
         ConfigError: it is not installed, or one of its own packages is not.
     """
     try:
-        from imagecorruptions import corrupt
+        found: Corrupter = importlib.import_module("imagecorruptions").corrupt
     except ImportError as error:
         raise ConfigError(f"corruptions need the package imagecorruptions-imaug ({error}): pip install 'aft[corruptions]'.") from error
-    found: Corrupter = corrupt
     return found
 
 
