@@ -37,7 +37,8 @@ RUN: dict[str, list[str]] = {
     "python train.py fit -c configs/methods/tecoa.yaml -c configs/data/folder.yaml --data": [*FIT, *EMBEDDED],
     "python eval.py -c configs/eval/quickstart.yaml": MEASURE,
     "python eval.py -c configs/eval/apgd.yaml --weights": MEASURE,
-    "python eval.py report": [],
+    "python eval.py report results/ 'runs/*'": ["--out=runs/report"],
+    "python eval.py report results/ --examples": ["--out=runs/examples"],
     "python eval.py external": [],
 }
 #: How a command begins -> why it is read and not run.
@@ -45,6 +46,7 @@ READ_ONLY = {
     "make ": "a whole installation, a training, or all tests",
     "python train.py fit -c configs/methods/tecoa.yaml -c configs/data/folder.yaml -c configs/trainer/ddp.yaml": "several GPUs",
     "python eval.py -c configs/eval/apgd.yaml --model ViT-B-32/openai": "a download",
+    "python eval.py -c configs/eval/zero_shot_suite.yaml": "data sets that are not embedded",
 }
 
 
@@ -67,7 +69,8 @@ def main_of(words: list[str]) -> Callable[[list[str]], Any]:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like a checkout whose user has photographs: what commands write stays in it."""
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for name in ("configs", "results"):
+        (tmp_path / name).symlink_to(ROOT / name)
     source = ShardSource(sorted(DATA.glob("*test*.tar")))
     for label, name in ((3, "cat"), (8, "ship")):
         (tmp_path / "photos" / "train" / name).mkdir(parents=True)
@@ -95,13 +98,21 @@ def test_what_is_cheap_runs_in_the_readmes_order(checkout: Path) -> None:
     for command in ran:
         begin = begins(command, RUN)
         assert begin is not None
-        words = [*shlex.split(command), *RUN[begin]]
+        words = [*_expanded(shlex.split(command)), *RUN[begin]]
         if "external" in words:
             best = max(checkout.glob("runs/**/cards/**/*.json"), key=lambda path: read(path)["robust_accuracy"] or 0)
             words = [*words, "--card", str(best), "--robust_accuracy", "0"]
         main_of(words)(words[2:])
     assert (checkout / "runs/photos/checkpoints/best.ckpt").is_file() and (checkout / "runs/quickstart/eval/cards").is_dir()
     assert list(checkout.glob("runs/eval/robustbench/**/*.json"))
+    page = (checkout / "runs/report/report.html").read_text()
+    assert "tecoa_seed0" in page and "miniclip32_tecoa" in page  # cards of results/ and of runs/
+    assert all(words in (checkout / "runs/examples/report.html").read_text() for words in ("attention under attack", "Against runs/eval"))
+
+
+def _expanded(words: list[str]) -> list[str]:
+    """As a shell would: ``runs/*`` is all that is there."""
+    return [one for word in words for one in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
 
 
 @pytest.mark.parametrize("command", [command for command in commands() if begins(command, READ_ONLY)])
