@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -147,6 +148,21 @@ class ZeroShotModel(nn.Module):
     def undefended(self) -> ZeroShotModel:
         """The model between the stages: itself."""
         return self
+
+    @property
+    def defense(self) -> dict[str, Any] | None:
+        """What defends it at test time, as ``{"name", "settings"}`` for cards: nothing."""
+        return None
+
+    @property
+    def forwards_per_image(self) -> int:
+        """Image-tower forwards that one look at an image takes."""
+        return 1
+
+    @property
+    def backwards_per_image(self) -> int:
+        """Gradients of an image-tower pass by its input that one look takes."""
+        return 0
 
     @property
     def width(self) -> int:

@@ -97,6 +97,9 @@ class Stage:
         random: it reads ``draw``.
         batch_coupled: an image's result depends on its neighbours.
         gate: ``gate(x_nCHW, draw)``, when it acts; none: always.
+        smooth: the same arguments as ``run``, a form that can be differentiated: inner gradients keep their graph, ``sign(g)`` is
+            ``tanh(g / c)`` with ``c`` the sample's mean ``|g|``; none: ``run`` itself is such.
+        otherwise: the same arguments, what it does where its gate is shut; none: nothing.
     """
 
     run: Callable[..., Tensor]
@@ -104,6 +107,8 @@ class Stage:
     random: bool = False
     batch_coupled: bool = False
     gate: Callable[[Tensor, Draw | None], Gate] | None = None
+    smooth: Callable[..., Tensor] | None = None
+    otherwise: Callable[..., Tensor] | None = None
 
     @property
     def gated(self) -> bool:
@@ -173,14 +178,15 @@ def encode_in_stages(model: Staged, images_nCHW: Tensor, draw: Draw | None = Non
 
 
 def _through(stage: Stage | None, value: Tensor, images_nCHW: Tensor, beside: tuple[Any, ...], identity: bool) -> Tensor:
-    """One stage where its gate is open."""
+    """One stage where its gate is open, and what stands in for it where it is shut."""
     if stage is None:
         return value
     with torch.no_grad() if identity else nullcontext():
         changed = stage.run(value, *beside)
         if stage.gate is not None:
             open_n = stage.gate(images_nCHW, beside[-1]).open_n
-            changed = torch.where(open_n.view(-1, *[1] * (value.ndim - 1)), changed, value)
+            shut = value if stage.otherwise is None else stage.otherwise(value, *beside)
+            changed = torch.where(open_n.view(-1, *[1] * (value.ndim - 1)), changed, shut)
     return _IdentityBackward.apply(value, changed) if identity else changed
 
 
