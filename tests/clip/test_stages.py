@@ -128,6 +128,14 @@ def test_a_gate_lets_a_stage_act_above_its_threshold_alone(tower, images):
         assert torch.equal(z[:2], tower.encode(images).embedding_BD[:2]) and z[2:].abs().max() == 0
 
 
+def test_what_a_shut_gate_leaves_may_be_another_thing_than_nothing(tower, images):
+    """Where the gate is shut the stage does its ``otherwise``, with the same arguments."""
+    stage = Stage(lambda x, draw: torch.zeros_like(x), gate=lambda x, draw: Gate(x[:, 0, 0, 0], 0.5), otherwise=lambda x, draw: x / draw)
+    images[:, 0, 0, 0] = torch.tensor([0.4, 0.5, 0.6, 1.0])
+    z = encode_in_stages(Defended(Stages(stage), tower), images, 2).embedding_BD
+    assert torch.equal(z[:2], tower.encode(images / 2).embedding_BD[:2]) and z[2:].abs().max() == 0
+
+
 def test_a_random_stage_needs_a_draw_and_is_a_function_of_it(tower, images):
     """The same draw gives the same bits for a sample in any batch; another draw gives others."""
     stage = Stage(lambda x, draw: x + normal(draw.keys_n, draw.count(), x.shape[1:]).to(x), random=True)

@@ -1,0 +1,90 @@
+"""The choice of settings: its rules on made-up rows, and a whole round on a tiny model with an attack that is handed in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+
+from aft.batch import EvaluationSet
+from aft.clip.stages import encode_in_stages
+from aft.defenses import DEFENSES, DefenseSpec
+from aft.errors import ConfigError
+from bench import calibrate_defenses as bench
+from tests.conftest import MemoryData
+
+
+def row(clean: float, robust: float, name: str) -> dict:
+    """A candidate's figures."""
+    return {"settings": {"name": name}, "clean": {"percent": clean}, "robust": {"percent": robust}}
+
+
+@pytest.fixture
+def seen(model):
+    """Twelve images of three classes."""
+    data = MemoryData()
+    rows = torch.arange(len(data.labels))
+    whole = EvaluationSet("memory", "holdout", data.images, data.labels, rows, data.class_lists["train"], data.templates)
+    return bench.Images(model, whole, 12, seed=0)
+
+
+def upwards(model, text_KD, images, labels, keys, *, eps, steps):
+    """One step of BPDA, and a note of what it was asked for."""
+    upwards.asked = (eps, steps, model.defense)
+    from aft.clip.stages import draws_for
+
+    with torch.enable_grad():
+        x = images.clone().requires_grad_(True)
+        logits = model.logits(encode_in_stages(model, x, draws_for("attack", keys)[0], bpda=list(model.stages.declared)), text_KD)
+        (slope,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), x)
+    return (images + eps * slope.sign()).clamp(0, 1)
+
+
+def test_the_most_robust_of_those_that_keep_clean_accuracy_is_chosen():
+    """Ties go to the cleaner one; where all cost too much none is chosen."""
+    rows = {"undefended": [row(30, 2, "")], "a": [row(24, 20, "dear"), row(26, 9, "good"), row(29, 9, "better"), row(30, 4, "weak")],
+            "b": [row(24.9, 30, "dear")]}  # fmt: skip
+    assert bench.chosen(rows, 5) == {"a": {"name": "better"}, "b": None}
+
+
+def test_candidates_are_measured_under_the_attack_that_is_handed_in(model, seen):
+    """Each through its own stages, with what was settled without an attack under a candidate's own settings."""
+    given = {"candidates": {"low_pass": [{"sigma": 0.5}], "ttc": [{}, {"threshold": 0.0}]}, "eps": "8/255", "steps": 20, "draws": 2}
+    rows = bench.attacked(model, seen, given, {"ttc": {"threshold": 0.4}}, upwards)
+    assert upwards.asked[:2] == (8 / 255, 20) and upwards.asked[2]["settings"]["threshold"] == 0.0
+    assert [len(found) for found in rows.values()] == [1, 1, 2]
+    for found in (one for some in rows.values() for one in some):
+        assert 0 <= found["robust"]["percent"] <= found["clean"]["percent"] <= 100
+    assert rows["ttc"][1]["gate_rates"] == {"clean": {"pixels": 0.0}, "attacked": {"pixels": 0.0}}
+    assert rows["ttc"][0]["gate_rates"]["clean"]["pixels"] > 0
+
+
+def test_no_defence_is_tuned_longer_than_the_others_and_no_attack_leaves_the_ball(model, seen):
+    """Seven candidates, or images beyond eps, are refused."""
+    given = {"candidates": {"low_pass": [{"sigma": 0.1 * turn} for turn in range(7)]}, "eps": "1/255", "steps": 1, "draws": 1}
+    with pytest.raises(ConfigError, match="low_pass has 7 candidates"):
+        bench.attacked(model, seen, given, {}, upwards)
+    with pytest.raises(ConfigError, match="left the ball"):
+        bench.measured(model, seen, given, lambda model, text, images, *rest, **settings: 1 - images)
+    with pytest.raises(ConfigError, match="no attack at 'bench:nothing'"):
+        bench.named_attack("bench:nothing")
+
+
+def test_what_needs_no_attack(model, seen):
+    """TTC's threshold lets about the asked share of clean images through; AOM's noise is the largest whose anchors stay near."""
+    free = {"noise": [0, "4/255"], "quantile": 0.25, "sigma": ["4/255", "64/255"], "samples": 2, "share": 0.5}
+    told = bench.ttc_threshold(model, seen, free)
+    assert told["gate_rates"][str(told["threshold"])]["0"] == pytest.approx(0.25, abs=0.1)
+    near = bench.aom_sigma(model, seen, {**free, "share": 1e6})
+    far = bench.aom_sigma(model, seen, {**free, "share": 1e-6})
+    assert (near["sigma"], far["sigma"]) == ("64/255", "4/255")
+    assert near["anchors"]["64/255"]["median_degrees"] > near["anchors"]["4/255"]["median_degrees"] > 0
+
+
+def test_the_recipe_names_what_there_is():
+    """Every candidate is a defence with settings that exist, six at most; all but the released CLIPure are there."""
+    given = yaml.safe_load(bench.RECIPE.read_text())["attacked"]["candidates"]
+    assert set(given) == set(DEFENSES) - {"clipure_cos_release"}
+    for name, candidates in given.items():
+        assert 1 <= len(candidates) <= bench.MOST_CANDIDATES
+        assert [DefenseSpec(name, settings).name for settings in candidates]
