@@ -115,7 +115,7 @@ def ttc_threshold(model: ZeroShotModel, seen: Images, given: Mapping[str, Any]) 
                      for radius in given["noise"]} for value, way in ways.items()}  # fmt: skip
     return {"threshold": threshold, "median_drift": {key: round(float(value.median()), 4) for key, value in drift.items()},
             "gate_rates": rates,
-            "clean_accuracy": {value: share(seen.right(way, seen.shown_nCHW, 5)) for value, way in ways.items()}}  # fmt: skip
+            "clean_accuracy": {value: share(seen.right(way, seen.shown_nCHW, 3)) for value, way in ways.items()}}  # fmt: skip
 
 
 def aom_sigma(model: ZeroShotModel, seen: Images, given: Mapping[str, Any]) -> dict[str, Any]:
