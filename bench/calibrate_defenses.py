@@ -1,7 +1,7 @@
 """Settings of the defences, chosen on held-out training images: ``python -m bench.calibrate_defenses``.
 
 ``bench/calibrate_defenses.yaml`` has the candidates and the rules. What needs no attack is always measured: TTC's threshold by the share of
-clean images that its gate lets through, AOM's noise by the drift that it causes, CLIPure-Diff's times by how well embeddings of noisy
+clean images that its gate lets through, AOM's noise by the drift that it causes, CLIPure-Diff's climb by how well embeddings of noisy
 images are restored, and for CLIPure-Cos the angles and the class biases that its lemma speaks of. With ``--attack MODULE:FUNCTION`` every
 candidate is attacked through its stages, and the best one is chosen. Results go to ``results/defenses/calibration.json``.
 
@@ -87,7 +87,7 @@ class Images:
 
 def share(right_n: Tensor) -> dict[str, float]:
     """A mean with its standard error over images, in %."""
-    mean = float(right_n.mean())
+    mean = float(right_n.float().mean())
     return {"percent": round(100 * mean, 2), "standard_error": round(100 * standard_error(mean, len(right_n)), 2)}
 
 
@@ -111,11 +111,10 @@ def ttc_threshold(model: ZeroShotModel, seen: Images, given: Mapping[str, Any]) 
         drift = {str(radius): -gate.gate(seen.noisy(pixel_fraction(radius)), draw).statistic_n for radius in given["noise"]}
     threshold = round(float(drift[str(given["noise"][0])].quantile(given["quantile"])), 4)
     ways = {str(value): defend(model, "ttc", threshold=value) for value in (threshold, 0.2)}
-    rates = {value: {str(radius): round(float(open_gates(way, seen.noisy(pixel_fraction(radius)), draw)["pixels"].float().mean()), 3)
-                     for radius in given["noise"]} for value, way in ways.items()}  # fmt: skip
+    rates = {value: {key: round(float((moved < float(value)).float().mean()), 3) for key, moved in drift.items()} for value in ways}
     return {"threshold": threshold, "median_drift": {key: round(float(value.median()), 4) for key, value in drift.items()},
             "gate_rates": rates,
-            "clean_accuracy": {value: share(seen.right(way, seen.shown_nCHW, 3)) for value, way in ways.items()}}  # fmt: skip
+            "clean_accuracy": {value: share(seen.right(way, seen.shown_nCHW)) for value, way in ways.items()}}  # fmt: skip
 
 
 def aom_sigma(model: ZeroShotModel, seen: Images, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,25 +126,30 @@ def aom_sigma(model: ZeroShotModel, seen: Images, given: Mapping[str, Any]) -> d
         anchor = defend(model, "aom", sigma=sigma, samples=given["samples"], strength=1.0)
         moved_nD = units(anchor, seen.shown_nCHW, seen.draws(1)[0])
         median = round(float(angles(clean_nD, moved_nD).median()), 2)
-        found[sigma] = {"median_degrees": median, **share(seen.right(anchor, seen.shown_nCHW))}
+        found[sigma] = {"median_degrees": median, **share(answers(moved_nD, seen))}
     near = [sigma for sigma in given["sigma"] if found[sigma]["median_degrees"] <= given["share"] * apart]
     return {"sigma": near[-1] if near else given["sigma"][0], "degrees_between_images": round(apart, 2), "anchors": found}
 
 
-def diff_times(model: ZeroShotModel, seen: Images, given: Mapping[str, Any]) -> dict[str, Any]:
-    """By how much each range of times brings embeddings of noisy images nearer to those of the clean ones, in degrees."""
+def diff_climb(model: ZeroShotModel, seen: Images, given: Mapping[str, Any]) -> dict[str, Any]:
+    """By how many degrees each climb brings embeddings of noisy images nearer to those of the clean ones; the best of them."""
     clean_nD, noisy_nCHW = units(model, seen.shown_nCHW), seen.noisy(pixel_fraction(given["noisy"]))
-    before = angles(clean_nD, units(model, noisy_nCHW))
-    found = {}
-    for begin, end in given["times"]:
-        defended = defend(model, "clipure_diff", first=begin, last=end)
-        after = angles(clean_nD, units(defended, noisy_nCHW, seen.draws(1)[0]))
-        found[f"{begin}-{end}"] = {"degrees_gained": round(float((before - after).mean()), 2),
-                                   "clean": share(seen.right(defended, seen.shown_nCHW)),
-                                   "noisy": share(seen.right(defended, noisy_nCHW))}  # fmt: skip
-    best = max(given["times"], key=lambda ends: found[f"{ends[0]}-{ends[1]}"]["degrees_gained"])
-    return {"first": best[0], "last": best[1], "degrees_noisy": round(float(before.mean()), 2),
-            "undefended_noisy": share(seen.right(model, noisy_nCHW)), "ranges": found}  # fmt: skip
+    noisy_nD = units(model, noisy_nCHW)
+    before, found = angles(clean_nD, noisy_nD), []
+    for begin, end, step in given["climbs"]:
+        settings = {"first": begin, "last": end, "step": step}
+        defended = defend(model, "clipure_diff", **settings)
+        kept_nD, restored_nD = (units(defended, images, seen.draws(1)[0]) for images in (seen.shown_nCHW, noisy_nCHW))
+        found.append({"settings": settings, "degrees_gained": round(float((before - angles(clean_nD, restored_nD)).mean()), 2),
+                      "clean": share(answers(kept_nD, seen)), "noisy": share(answers(restored_nD, seen))})  # fmt: skip
+    best = max(found, key=lambda one: float(one["degrees_gained"]))
+    return {**best["settings"], "degrees_noisy": round(float(before.mean()), 2), "undefended_noisy": share(answers(noisy_nD, seen)),
+            "climbs": found}  # fmt: skip
+
+
+def answers(unit_nD: Tensor, seen: Images) -> Tensor:
+    """Which embeddings are right, ``[n]``."""
+    return (unit_nD @ seen.text_KD.T).argmax(1) == seen.labels_n
 
 
 def cos_lemma(model: ZeroShotModel, seen: Images) -> dict[str, Any]:
@@ -154,7 +158,7 @@ def cos_lemma(model: ZeroShotModel, seen: Images) -> dict[str, Any]:
     blank_D = defend(model, "clipure_cos_closed").blank(clean_nD)  # type: ignore[attr-defined]
     theta = (clean_nD @ blank_D).acos().rad2deg()
     bias_K = seen.text_KD @ blank_D
-    forms = {str(degrees): defend(model, "clipure_cos_closed", degrees=degrees) for degrees in (10, 28.62, 45)}
+    forms = {str(degrees): defend(model, "clipure_cos_closed", degrees=degrees) for degrees in (5, 11.46, 28.62)}
     kept = {degrees: share(seen.right(form, seen.shown_nCHW)) for degrees, form in forms.items()}
     return {"degrees_to_the_template": {"median": round(float(theta.median()), 2), "smallest": round(float(theta.min()), 2),
                                         "largest": round(float(theta.max()), 2)},
@@ -234,7 +238,7 @@ def run(recipe: Mapping[str, Any], attack: Attacker | None, out: Path = OUT) -> 
     with scoring(model):
         seen = Images(model, data, recipe["free"]["images"], recipe["seed"])
         free = {"ttc": ttc_threshold(model, seen, recipe["free"]), "aom": aom_sigma(model, seen, recipe["free"]),
-                "clipure_diff": diff_times(model, seen, recipe["free"]), "clipure_cos": cos_lemma(model, seen)}  # fmt: skip
+                "clipure_diff": diff_climb(model, seen, recipe["free"]), "clipure_cos": cos_lemma(model, seen)}  # fmt: skip
         told: dict[str, Any] = {
             "model": model.record.sha256, "data": f"{data.name}, {data.split}", "images": len(seen.labels_n),
             "undefended_clean": share(seen.right(model, seen.shown_nCHW)), "without_attack": free,
@@ -242,7 +246,7 @@ def run(recipe: Mapping[str, Any], attack: Attacker | None, out: Path = OUT) -> 
         if attack is not None:
             given = recipe["attacked"]
             settled = {"ttc": {"threshold": free["ttc"]["threshold"]}, "aom": {"sigma": free["aom"]["sigma"]},
-                       "clipure_diff": {key: free["clipure_diff"][key] for key in ("first", "last")}}  # fmt: skip
+                       "clipure_diff": {key: free["clipure_diff"][key] for key in ("first", "last", "step")}}  # fmt: skip
             rows = attacked(model, Images(model, data, given["images"], recipe["seed"]), given, settled, attack)
             told["with_attack"] = {"images": given["images"], "eps": given["eps"], "steps": given["steps"], "rows": rows,
                                    "chosen": chosen(rows, given["clean_loss"])}  # fmt: skip

@@ -109,7 +109,7 @@ class CLIPureCosSane(CLIPureCos):
     name: ClassVar[str] = "clipure_cos_sane"
 
     def __init__(
-        self, model: ZeroShotModel, *, step: float = 0.05, steps: int = 10, kappa: float = 0.9, templates: Sequence[str] | None = None
+        self, model: ZeroShotModel, *, step: float = 0.02, steps: int = 10, kappa: float = 0.9, templates: Sequence[str] | None = None
     ) -> None:
         if not (math.isfinite(step) and step > 0) or steps < 1:
             raise ConfigError(f"step = {step}, steps = {steps}: give a step above 0 and one step or more.")
@@ -132,7 +132,7 @@ class CLIPureCosClosed(CLIPureCos):
 
     Args:
         model: a plain model.
-        degrees: the rotation; ten steps of 0.05 of the iteration make 28.62.
+        degrees: the rotation; ten steps of 0.02 of the iteration make 11.46.
         kappa: share of the angle that is gone at most, in [0, 1).
         templates: see :class:`CLIPureCos`.
 
@@ -145,7 +145,7 @@ class CLIPureCosClosed(CLIPureCos):
 
     name: ClassVar[str] = "clipure_cos_closed"
 
-    def __init__(self, model: ZeroShotModel, *, degrees: float = 28.62, kappa: float = 0.9, templates: Sequence[str] | None = None) -> None:
+    def __init__(self, model: ZeroShotModel, *, degrees: float = 11.46, kappa: float = 0.9, templates: Sequence[str] | None = None) -> None:
         if not 0 <= degrees <= 180:
             raise ConfigError(f"degrees = {degrees} is outside [0, 180]: it is the angle by which embeddings are rotated.")
         check_kappa(kappa)

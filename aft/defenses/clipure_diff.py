@@ -54,7 +54,7 @@ class CLIPureDiff(Defended):
     name: ClassVar[str] = "clipure_diff"
 
     def __init__(
-        self, model: ZeroShotModel, *, prior: str | None = None, steps: int = 10, step: float = 0.05, samples: int = 4, first: float = 0.2,
+        self, model: ZeroShotModel, *, prior: str | None = None, steps: int = 10, step: float = 0.02, samples: int = 4, first: float = 0.2,
         last: float = 0.6,
     ) -> None:  # fmt: skip
         if steps < 1 or samples < 1 or not (math.isfinite(step) and step > 0):

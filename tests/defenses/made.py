@@ -17,7 +17,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "aom": {"samples": 2, "gate": 0.01},
     "ttc": {"threshold": 0.05},
     "anti_adversary": {"step_size": "4/255"},
-    "clipure_diff": {"steps": 3, "samples": 2},
+    "clipure_diff": {"steps": 3, "samples": 2, "step": 0.05, "first": 0.2, "last": 0.6},
 }
 EVERY = sorted(DEFENSES)
 

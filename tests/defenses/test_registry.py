@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+import torch
 from jsonargparse import ArgumentParser
 
+from aft.clip import load_model
 from aft.defenses import DEFENSES, Defended, DefenseSpec, defend, settings_of
 from aft.errors import ConfigError
 
@@ -46,3 +51,34 @@ def test_a_command_line_can_fill_the_spec():
     assert parser.instantiate(parser.parse_args(words)).defense == DefenseSpec("ttc", {"eps": "4/255", "steps": 3})
     given = ["--defense", "{name: aom, settings: {sigma: 8/255}}"]
     assert parser.instantiate(parser.parse_args(given)).defense == DefenseSpec("aom", {"sigma": "8/255"})
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "defenses.md").read_text(encoding="utf-8")
+
+
+def test_the_page_tells_of_every_defence():
+    """Each id has a row in the table with what a look costs, as its defaults say."""
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (\d+, \d+)[^|]*\|[^|]*\|$", PAGE, flags=re.M))
+    assert set(rows) == set(DEFENSES)
+
+
+@pytest.mark.filterwarnings("ignore:clipure_cos_release")
+@pytest.mark.parametrize("name", sorted(DEFENSES))
+def test_the_page_has_the_costs_of_the_defaults(name, miniclip):
+    """Of MiniCLIP-32, for which a prior ships."""
+    made = defend(miniclip, name)
+    assert re.search(rf"^\| `{name}` \|.*\| {made.forwards_per_image}, {made.backwards_per_image}\b", PAGE, flags=re.M)
+
+
+def test_the_pages_example_runs():
+    """As it stands, on two images."""
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
+    names = {"images": torch.rand(2, 3, 32, 32), "index": torch.arange(2)}
+    exec(block, names)
+    assert names["logits"].shape == (2, 2)
+
+
+@pytest.fixture(scope="module")
+def miniclip():
+    """The embedded model."""
+    return load_model("miniclip32")
