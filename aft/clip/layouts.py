@@ -165,6 +165,27 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return mapped
 
 
+def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The way back: names of ``open_clip.CLIP`` to those of transformers' ``CLIPModel``.
+
+    The one matrix of query, key and value is cut in three, and projections, which open_clip applies as ``x @ proj``, are turned.
+    """
+    mapped: dict[str, Tensor] = {}
+    turned = {ours: theirs for theirs, ours in TRANSFORMERS_NAMES[-2:]}
+    for name, value in state.items():
+        inside, rest = ("vision_model.", name.removeprefix("visual.")) if name.startswith("visual.") else ("text_model.", name)
+        for theirs, ours in TRANSFORMERS_NAMES[2:-2]:
+            rest = rest.replace(ours, theirs)
+        if name in turned:
+            mapped[turned[name]] = value.T.contiguous()
+        elif "in_proj_" in rest:
+            for part, third in zip("qkv", value.chunk(3), strict=True):
+                mapped[inside + rest.replace("in_proj_", f"{part}_proj.")] = third
+        else:
+            mapped[name if name == "logit_scale" else inside + rest] = value
+    return mapped
+
+
 def _renamed(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for name, value in state.items():
         if name.endswith("embeddings.position_ids"):

@@ -78,6 +78,29 @@ def _with_tower(base: ZeroShotModel, state: Mapping[str, Tensor], recipe: str) -
     return ZeroShotModel(clip, base.tokenizer, record, base.text_transform).eval()
 
 
+def add_files(base: ZeroShotModel, name: str, added: Sequence[str]) -> ZeroShotModel:
+    """``add_task_vectors`` with models that are given as ``FILE=FACTOR``.
+
+    Args:
+        base: the model that all were fine-tuned from.
+        name: its name, for files that hold an image tower alone.
+        added: such as ``tecoa.ckpt=0.5``.
+
+    Raises:
+        ConfigError: one is not written so.
+        WeightsError: a file cannot be loaded, or is of another base.
+    """
+    tuned = []
+    for text in added:
+        file, _, factor = text.rpartition("=")
+        try:
+            tuned.append((file, float(factor)))
+        except ValueError as error:
+            raise ConfigError(f"--add {text}: write FILE=FACTOR, such as tecoa.ckpt=0.5.") from error
+    with torch.no_grad():
+        return add_task_vectors(base, [(load_model(ModelSpec(name, file)), factor) for file, factor in tuned])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: reads, adds, writes the image tower in fp16, and says its sha256.
 
@@ -90,15 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pretrained", default=None, help="its weights, as in ModelSpec")
     parser.add_argument("--add", action="append", required=True, metavar="FILE=FACTOR", help="a checkpoint or tower and its factor")
     given = parser.parse_args(arguments)
-    tuned = []
-    for text in given.add:
-        file, _, factor = text.rpartition("=")
-        try:
-            tuned.append((load_model(ModelSpec(given.base, file)), float(factor)))
-        except ValueError as error:
-            raise ConfigError(f"--add {text}: write FILE=FACTOR, such as tecoa.ckpt=0.5.") from error
-    with torch.no_grad():
-        merged = add_task_vectors(load_model(ModelSpec(given.base, given.pretrained)), tuned)
+    merged = add_files(load_model(ModelSpec(given.base, given.pretrained)), given.base, given.add)
     print(f"{given.out}: sha256 {pack_tower(merged, given.out)}, {merged.record.method}")
 
 

@@ -204,7 +204,7 @@ class ZeroShotModel(nn.Module):
         if tokens:
             return Encoding(*encode_with_tokens(self.visual, self.pixels(images_BCHW)))
         embedding_BD = self.visual(self.pixels(images_BCHW))
-        if not isinstance(embedding_BD, Tensor) or embedding_BD.ndim != 2 or len(embedding_BD) != len(images_BCHW):
+        if not isinstance(embedding_BD, Tensor) or embedding_BD.ndim != 2 or embedding_BD.shape[0] != images_BCHW.shape[0]:
             got = tuple(embedding_BD.shape) if isinstance(embedding_BD, Tensor) else type(embedding_BD).__name__
             raise InputError(f"the image tower of {self.record.name} returns {got} for {len(images_BCHW)} images: it must give one vector "
                              "an image, [n, D]; let it pool its tokens.")  # fmt: skip

@@ -1,5 +1,5 @@
 """Writes a checkpoint in fp16 for others: ``python -m aft.clip.pack CHECKPOINT FOLDER`` (open_clip's layout), or ``... FILE.safetensors``
-(the image tower alone, to be loaded over its base).
+(the image tower alone, to be loaded over its base). ``python -m aft.export`` writes whole folders for other libraries, with a model card.
 
 This is how the embedded MiniCLIP and ``results/weights`` were made from their runs.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
 
 from aft.clip.files import file_hash
 from aft.clip.model import ModelRecord, ZeroShotModel
@@ -20,8 +21,13 @@ from aft.clip.weights import ModelSpec, load_model
 from aft.errors import AftError, ConfigError
 
 
-def pack(model: ZeroShotModel, folder: Path) -> str:
-    """Writes ``open_clip_config.json`` and ``open_clip_model.safetensors``, in fp16 to halve the size.
+def pack(model: ZeroShotModel, folder: Path, half: bool = True) -> str:
+    """Writes ``open_clip_config.json`` and ``open_clip_model.safetensors``.
+
+    Args:
+        model: a plain model.
+        folder: made if it is not there.
+        half: in fp16, to halve the size; else the weights' own type.
 
     Returns:
         sha256 of the weights file.
@@ -29,12 +35,12 @@ def pack(model: ZeroShotModel, folder: Path) -> str:
     Raises:
         ConfigError: the model has visual prompts or a text transformation, which this layout has no place for.
     """
-    _refuse_extras(model)
+    refuse_extras(model, "open_clip's layout")
     folder.mkdir(parents=True, exist_ok=True)
     preprocess = {"mean": list(model.record.mean), "std": list(model.record.std), "interpolation": "bicubic", "resize_mode": "squash"}
     config = {"model_cfg": model.record.config, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return _save(model.clip, model.record, folder / "open_clip_model.safetensors")
+    return save(model.clip.state_dict(), model.record, folder / "open_clip_model.safetensors", half)
 
 
 def pack_tower(model: ZeroShotModel, file: Path) -> str:
@@ -46,24 +52,32 @@ def pack_tower(model: ZeroShotModel, file: Path) -> str:
     Raises:
         ConfigError: the model has visual prompts or a text transformation, which this layout has no place for.
     """
-    _refuse_extras(model)
+    refuse_extras(model, "a plain image tower")
     file.parent.mkdir(parents=True, exist_ok=True)
-    return _save(model.visual, model.record, file)
+    return save(model.visual.state_dict(), model.record, file)
 
 
-def _refuse_extras(model: ZeroShotModel) -> None:
+def refuse_extras(model: ZeroShotModel, layout: str) -> None:
+    """Raises ConfigError for a model with more than two towers: visual prompts, or a text transformation that does something."""
+    name, transform, graphs = model.record.name, model.text_transform, "a graph can (python -m aft.export --format onnx or torch_export"
     if model.record.prompts is not None:
-        raise ConfigError(f"{model.record.name} has visual prompts {model.record.prompts}: open_clip's layout cannot hold them.")
-    if model.text_transform.name != "identity":
-        raise ConfigError(f"{model.record.name} has text_transform {model.text_transform.name}: open_clip's layout cannot hold it.")
+        raise ConfigError(f"{name} has visual prompts {model.record.prompts}: {layout} cannot hold them; {graphs}).")
+    if not transform.idle:
+        raise ConfigError(f"{name} has text_transform {transform.name}, not linear: {layout} cannot hold it; {graphs}, with --classes).")
 
 
-def _save(module: nn.Module, record: ModelRecord, file: Path) -> str:
-    """In fp16, readable by all, with the recipe in the file's metadata; the file's sha256."""
-    state = {name: value.half() if value.dtype == torch.float32 else value for name, value in module.state_dict().items()}
+def stored(state: Mapping[str, Tensor], half: bool = False) -> dict[str, Tensor]:
+    """Tensors as files take them: detached, contiguous, each with memory of its own (tied ones twice), in fp16 if asked for."""
+    kinds = {name: torch.float16 if half and value.dtype == torch.float32 else value.dtype for name, value in state.items()}
+    fresh = {name: value.detach().cpu().to(kinds[name]) for name, value in state.items()}
+    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in fresh.items()}
+
+
+def save(state: Mapping[str, Tensor], record: ModelRecord, file: Path, half: bool = True) -> str:
+    """One safetensors file that all may read, with the recipe in its metadata; its sha256."""
     recipe = {"method": record.method, "eps_trained": str(record.eps_trained), "base_sha256": str(record.base_sha256)}
-    metadata = {f"aft.{key}": value for key, value in recipe.items()}
-    save_file({name: value.contiguous() for name, value in state.items()}, file, metadata=metadata)
+    metadata = {"format": "pt"} | {f"aft.{key}": value for key, value in recipe.items()}
+    save_file(stored(state, half), file, metadata=metadata)
     file.chmod(0o644)
     return file_hash(file)
 

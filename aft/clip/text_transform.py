@@ -55,6 +55,11 @@ class TextTransform(nn.Module):
 
     name: ClassVar[str] = "identity"
 
+    @property
+    def idle(self) -> bool:
+        """Whether it leaves every text as it is, so that a layout without a place for it holds the whole model."""
+        return True
+
     def fit(self, text_KD: Tensor) -> None:
         """Looks at the training classes' texts, once; a transformation that was fitted before stays as it is."""
 
@@ -85,6 +90,11 @@ class Expansion(TextTransform):
         self.quantile = quantile
         self.register_buffer("mean_D", torch.zeros(width))
         self.register_buffer("gain", torch.zeros(()))
+
+    @property
+    def idle(self) -> bool:
+        """With a gain of 1 alone: no other angle-stretching is linear, let alone the identity."""
+        return float(self.get_buffer("gain")) == 1
 
     def fit(self, text_KD: Tensor) -> None:
         """Takes mean direction and gain from the training classes.
@@ -148,6 +158,11 @@ class Residual(TextTransform):
         self.up = nn.Linear(hidden, width)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
+
+    @property
+    def idle(self) -> bool:
+        """As long as nothing was learned."""
+        return not bool(self.up.weight.any() or self.up.bias.any())
 
     def forward(self, text_KD: Tensor) -> Tensor:
         """The tuned unit vectors."""

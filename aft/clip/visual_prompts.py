@@ -67,7 +67,7 @@ class VisualPrompts(nn.Module):
 
     def _expanded(self, block: int, x_BNW: Tensor) -> Tensor:
         tokens_LW: Tensor = self.tokens_LW[block]
-        return tokens_LW.to(x_BNW.dtype).expand(len(x_BNW), -1, -1)
+        return tokens_LW.to(x_BNW.dtype).expand(x_BNW.shape[0], -1, -1)
 
 
 class _Replace:

@@ -203,7 +203,7 @@ def _filled(
     architecture = replace(architecture, config=_at_files_size(architecture.config, given, spec))
     check_fit(given, architecture.config, name, str(path))
     clip = build_clip(architecture.config, spec.patch_dropout)
-    load_strictly(clip, {**text, **_own_names(clip, layout.state)}, str(path))
+    load_strictly(clip, {**text, **own_names(clip, layout.state)}, str(path))
     record = _record(name, layout.name, file_hash(path), architecture, clip)
     recipe = recipe_in(path)
     if recipe.get("method", "none") != "none":
@@ -224,7 +224,7 @@ def _with_size(config: Mapping[str, Any], size: int) -> dict[str, Any]:
     return {**config, "vision_cfg": {**config["vision_cfg"], "image_size": size}}
 
 
-def _own_names(clip: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def own_names(clip: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names of ``open_clip.CLIP`` to those of this model: a CustomTextCLIP keeps its text tower under ``text.``."""
     if not isinstance(clip, open_clip.CustomTextCLIP):
         return dict(state)
