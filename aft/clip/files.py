@@ -22,6 +22,7 @@ from aft.errors import WeightsError
 
 HUB = "hf-hub:"
 SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".bin"})
+GRAPHS = frozenset({".onnx", ".pt2"})
 IN_A_FOLDER = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pt",
                "model.safetensors", "pytorch_model.bin")  # fmt: skip
 
@@ -63,6 +64,9 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
+        if path.suffix in GRAPHS:
+            raise WeightsError(f"{path} is a graph that runs, not weights: give the checkpoint that it was exported from, or an export of "
+                               "weights (python -m aft.export --format open_clip).")  # fmt: skip
         if _is_torchscript(path):
             raise WeightsError(
                 f"{path} is a TorchScript archive, a program with weights in it (as OpenAI's own downloads are), and is not run. "
