@@ -18,7 +18,7 @@ from packaging.version import Version
 import aft
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCKED_EXTRAS = ("eval", "test", "dev", "hf")
+LOCKED_EXTRAS = ("eval", "test", "dev", "hf", "onnx")
 BUILD_FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 
 
