@@ -30,15 +30,7 @@ IMAGES, ATTACKED = 500, 48
 pytestmark = pytest.mark.timeout(280)
 
 # Before a stranger's lines: what they do not have is not to be had, however the environment was made.
-ALONE = """import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {absent!r}:
-            raise ImportError(name + " is not here")
-
-sys.meta_path.insert(0, Absent())
-"""
+ALONE = "import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n"
 ABSENT = {
     "open_clip": {"aft", "transformers", "onnxruntime"}, "transformers": {"aft", "open_clip", "onnxruntime"},
     "onnxruntime": {"aft", "open_clip", "transformers", "torch"},
