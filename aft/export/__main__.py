@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from aft.clip.merge import add_files
 from aft.clip.model import ZeroShotModel
 from aft.clip.weights import load_model, named
+from aft.defenses import DefenseSpec
 from aft.errors import AftError, ConfigError, unknown_name
 from aft.export.formats import FORMATS, Head
 from aft.export.model_card import Provenance, cards_below
@@ -31,6 +34,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--add", action="append", default=[], metavar="FILE=FACTOR", help=ADD)
     made.add_argument("--classes", nargs="+", default=[], metavar="CLASS", help="onnx and torch_export: bake these into logits")
     made.add_argument("--templates", nargs="+", default=list(Head().templates), metavar="TEXT", help="prompts of the classes, with one {}")
+    made.add_argument("--defense", metavar="NAME", help="onnx and torch_export: put this test-time defence into the graph")
+    made.add_argument("--settings", default="{}", metavar="JSON", help="of the defence, such as '{\"sigma\": 1.0}'")
     made.add_argument("--half", action="store_true", help="store weights in fp16")
     made.add_argument("--cards", type=Path, metavar="FOLDER", help="cards of these weights, for the model card")
     made.add_argument("--title", help="of the model card")
@@ -49,7 +54,23 @@ def load(given: argparse.Namespace) -> ZeroShotModel:
     changes = {key: value for key in ("name", "base", "activation") if (value := getattr(given, key)) is not None}
     spec = replace(spec, **changes)
     model = load_model(spec)
-    return add_files(model, spec.name, given.add) if given.add else model
+    model = add_files(model, spec.name, given.add) if given.add else model
+    return model if given.defense is None else DefenseSpec(given.defense, settings_in(given.settings)).build(model)
+
+
+def settings_in(text: str) -> dict[str, Any]:
+    """A defence's settings.
+
+    Raises:
+        ConfigError: the text is no JSON object.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--settings {text}: write a JSON object, such as '{{\"sigma\": 1.0}}' ({error}).") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"--settings {text}: write a JSON object, such as '{{\"sigma\": 1.0}}'.")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -62,8 +62,7 @@ def defense_of(model: ZeroShotModel) -> dict[str, Any] | None:
     """Name and settings of what surrounds the tower; none for a plain model."""
     if not model.stages.declared:
         return None
-    told: dict[str, Any] | None = getattr(model, "defense", None)
-    return told or {"name": type(model).__name__, "settings": {}}
+    return model.defense or {"name": type(model).__name__, "settings": {}}
 
 
 def _on_curve(card: Card, record: ModelRecord) -> bool:
