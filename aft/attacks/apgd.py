@@ -101,6 +101,7 @@ class APGDTargeted(Attack):
         steps: gradient steps in a run.
         targets: T.
         restarts: runs for each target.
+        drop_broken: spend no further work on a sample once it is broken; its verdict is the same.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -117,6 +118,7 @@ class APGDTargeted(Attack):
     steps: int = 100
     targets: int = 9
     restarts: int = 1
+    drop_broken: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eps", self.threat.radius)
@@ -133,7 +135,7 @@ class APGDTargeted(Attack):
         with torch.no_grad():
             targets_BT = objective.wrong_classes(x_BCHW, torch.arange(len(x_BCHW), device=x_BCHW.device), self.targets)
         record = Record(x_BCHW)
-        untargeted = APGD(eps=self.eps, norm=self.norm, steps=self.steps)
+        untargeted = APGD(eps=self.eps, norm=self.norm, steps=self.steps, drop_broken=self.drop_broken)
         for draw in range(self.targets * self.restarts):
             untargeted.run(objective.towards(targets_BT[:, draw // self.restarts]), x_BCHW, keys_B, draw, record)
         return record.result()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from aft.attacks import noise
-from aft.attacks.base import Adversarial, Attack, Objective
+from aft.attacks.base import Adversarial, Attack, Objective, check_input
+from aft.attacks.guards import undisturbed
 from aft.attacks.pgd import need_at_least_one
 from aft.attacks.search import Record, Walkers, per_image, value
 from aft.attacks.threat_model import Norm
@@ -69,10 +70,22 @@ class Square(Attack):
 
     def search(self, objective: Objective, x_BCHW: Tensor, keys_B: Tensor) -> Adversarial:
         """Random search on the samples that are not broken; see :class:`Square`."""
-        record = Record(x_BCHW)
-        channels, *size = x_BCHW.shape[1:]
-        stripes_BC1W = _signs(noise.uniform(keys_B, 0, (channels, 1, size[1])))
-        start_BCHW = self.threat.project(x_BCHW + self.threat.radius * stripes_BC1W.to(x_BCHW), x_BCHW)
+        stripes_BC1W = _signs(noise.uniform(keys_B, 0, (x_BCHW.shape[1], 1, x_BCHW.shape[3])))
+        return self._hunted(objective, x_BCHW, keys_B, self.threat.project(x_BCHW + self.threat.radius * stripes_BC1W.to(x_BCHW), x_BCHW))
+
+    def going_on(self, objective: Objective, x_BCHW: Tensor, keys_B: Tensor, start_BCHW: Tensor) -> Adversarial:
+        """The search from points that another attack has found, in the place of stripes.
+
+        Args:
+            objective, x_BCHW, keys_B: as of every attack.
+            start_BCHW: images in the ball around ``x_BCHW``.
+        """
+        check_input(x_BCHW, keys_B)
+        with undisturbed(objective.modules):
+            return self._hunted(objective, x_BCHW, keys_B, self.threat.project(start_BCHW, x_BCHW))
+
+    def _hunted(self, objective: Objective, x_BCHW: Tensor, keys_B: Tensor, start_BCHW: Tensor) -> Adversarial:
+        record, size = Record(x_BCHW), x_BCHW.shape[2:]
         hunt = _Hunt(torch.arange(len(x_BCHW), device=x_BCHW.device), keys_B, x_BCHW, start_BCHW, x_BCHW.new_zeros(len(x_BCHW)))
         seen = value(objective, start_BCHW, hunt.rows_n)
         record.update(hunt.rows_n, start_BCHW, seen)

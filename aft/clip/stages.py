@@ -8,7 +8,6 @@ Shapes: n images, C channels, H height, W width, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -146,59 +145,130 @@ class Staged(Protocol):
         """The same weights without any stage."""
 
 
-def encode_in_stages(model: Staged, images_nCHW: Tensor, draw: Draw | None = None, bpda: Collection[str] = ()) -> Encoding:
+def encode_in_stages(
+    model: Staged, images_nCHW: Tensor, draw: Draw | None = None, bpda: Collection[str] = (), gate_temperature: float | None = None,
+    hard_forward: bool = False,
+) -> Encoding:  # fmt: skip
     """Embeds images through a model's stages; for a plain model just ``model.encode(images)``.
 
     Args:
         model: with its stages.
         images_nCHW: in [0, 1].
         draw: the random numbers; needed by a random stage alone.
-        bpda: names of stages whose backward is replaced by the identity, so that a gradient passes where there is none
-            (Backward Pass Differentiable Approximation); the forward stays exactly the same.
+        bpda, gate_temperature, hard_forward: what an attack puts in the place of a stage, see :func:`as_attacked`; nothing by default.
 
     Raises:
-        ConfigError: ``bpda`` names a stage that there is not.
+        ConfigError: ``bpda`` names a stage that there is not, or a temperature that is not positive.
         InputError: a random stage without a draw.
+    """
+    stages = as_attacked(model.stages, bpda, gate_temperature, hard_forward)
+    if stages.random and draw is None:
+        raise InputError("this model's defence is random and got no draw: give one of aft.clip.stages.draws_for(purpose, keys).")
+    shown_nCHW = images_nCHW if stages.pixels is None else act(stages.pixels, images_nCHW, draw)
+    encoding = model.undefended.encode(shown_nCHW)
+    if stages.embedding is None:
+        return encoding
+    return replace(encoding, embedding_BD=act(stages.embedding, encoding.embedding_BD, shown_nCHW, draw), tokens_BND=None)
+
+
+def act(stage: Stage, value: Tensor, *beside: Any) -> Tensor:
+    """What a stage makes of ``value``: its ``run`` where the gate is open, its ``otherwise`` (or ``value`` itself) elsewhere.
+
+    Args:
+        stage: what acts.
+        value: images, or embeddings.
+        beside: the further arguments of ``run``, the draw last.
+    """
+    changed = stage.run(value, *beside)
+    if stage.gate is None:
+        return changed
+    return torch.where(_per_row(_gate_of(stage, value, beside).open_n, value), changed, shut(stage, value, *beside))
+
+
+def shut(stage: Stage, value: Tensor, *beside: Any) -> Tensor:
+    """What a stage makes of ``value`` where its gate is shut."""
+    return value if stage.otherwise is None else stage.otherwise(value, *beside)
+
+
+def as_attacked(
+    stages: Stages, bpda: Collection[str] = (), gate_temperature: float | None = None, hard_forward: bool = False
+) -> Stages:
+    """The stages as an attack differentiates them; by default as they are.
+
+    Args:
+        stages: of the model.
+        bpda: names of stages whose backward is replaced by the identity, so that a gradient passes where there is none
+            (Backward Pass Differentiable Approximation); the forward stays exactly the same.
+        gate_temperature: T; where it is given, the other stages run in their ``smooth`` form, and a gate mixes what is done where it is
+            open and where it is shut, with the weight ``sigmoid((statistic - threshold) / (T |threshold|))`` (``T`` for a threshold of 0).
+        hard_forward: with a temperature, the forward is that of the stages as they are, bit for bit, and only the backward is smooth.
+
+    Raises:
+        ConfigError: ``bpda`` names a stage that there is not, or a temperature that is not positive.
 
     Reference:
         Athalye et al., arXiv 1802.00420 (BPDA).
     """
-    stages = model.stages
     for name in bpda:
         if name not in stages.declared:
             raise ConfigError(unknown_name("stage", name, stages.declared))
-    if stages.random and draw is None:
-        raise InputError("this model's defence is random and got no draw: give one of aft.clip.stages.draws_for(purpose, keys).")
-    shown_nCHW = _through(stages.pixels, images_nCHW, images_nCHW, (draw,), "pixels" in bpda)
-    encoding = model.undefended.encode(shown_nCHW)
-    if stages.embedding is None:
-        return encoding
-    changed_nD = _through(stages.embedding, encoding.embedding_BD, shown_nCHW, (shown_nCHW, draw), "embedding" in bpda)
-    return replace(encoding, embedding_BD=changed_nD, tokens_BND=None)
+    if gate_temperature is not None and not gate_temperature > 0:
+        raise ConfigError(f"gate_temperature = {gate_temperature}: give a number above 0, such as 0.1, or none for the hard gate.")
+
+    def altered(name: str, stage: Stage) -> Stage:
+        """One stage; what remains of its gate is inside ``run``."""
+        bare = replace(stage, gate=None, smooth=None, otherwise=None)
+        if name in bpda:
+            return replace(bare, run=lambda value, *beside: _with_backward_of(value, stage, value, beside))
+        if gate_temperature is None:
+            return stage
+
+        def run(value: Tensor, *beside: Any) -> Tensor:
+            """Smooth, at least backward."""
+            soft = _softly(stage, gate_temperature, value, beside)
+            return _with_backward_of(soft, stage, value, beside) if hard_forward else soft
+
+        return replace(bare, run=run)
+
+    return Stages(**{name: altered(name, stage) for name, stage in stages.declared.items()})
 
 
-def _through(stage: Stage | None, value: Tensor, images_nCHW: Tensor, beside: tuple[Any, ...], identity: bool) -> Tensor:
-    """One stage where its gate is open, and what stands in for it where it is shut."""
-    if stage is None:
-        return value
-    with torch.no_grad() if identity else nullcontext():
-        changed = stage.run(value, *beside)
-        if stage.gate is not None:
-            open_n = stage.gate(images_nCHW, beside[-1]).open_n
-            shut = value if stage.otherwise is None else stage.otherwise(value, *beside)
-            changed = torch.where(open_n.view(-1, *[1] * (value.ndim - 1)), changed, shut)
-    return _IdentityBackward.apply(value, changed) if identity else changed
+def _softly(stage: Stage, temperature: float, value: Tensor, beside: tuple[Any, ...]) -> Tensor:
+    changed = (stage.smooth or stage.run)(value, *beside)
+    if stage.gate is None:
+        return changed
+    gate = _gate_of(stage, value, beside)
+    weight = _per_row(torch.sigmoid((gate.statistic_n - gate.threshold) / (temperature * (abs(gate.threshold) or 1.0))), value)
+    return weight * changed + (1 - weight) * shut(stage, value, *beside)
 
 
-class _IdentityBackward(torch.autograd.Function):
-    """``changed`` forward, the identity in ``value`` backward."""
+def _gate_of(stage: Stage, value: Tensor, beside: tuple[Any, ...]) -> Gate:
+    """The gate on the images that the stage sees: those beside the embeddings, or ``value`` where it is the images."""
+    assert stage.gate is not None
+    return stage.gate(beside[0] if len(beside) > 1 else value, beside[-1])
+
+
+def _per_row(row_n: Tensor, value: Tensor) -> Tensor:
+    return row_n.view(-1, *[1] * (value.ndim - 1)).to(value.dtype if row_n.is_floating_point() else row_n.dtype)
+
+
+def _with_backward_of(stand_in: Tensor, stage: Stage, value: Tensor, beside: tuple[Any, ...]) -> Tensor:
+    """What the stage gives, with the gradient of ``stand_in``."""
+    with torch.no_grad():
+        changed = act(stage, value, *beside)
+    given: Tensor = _BackwardOf.apply(stand_in, changed)
+    return given
+
+
+class _BackwardOf(torch.autograd.Function):
+    """``changed`` forward, ``stand_in`` backward."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, changed: Tensor) -> Tensor:
+    def forward(ctx: Any, stand_in: Tensor, changed: Tensor) -> Tensor:
         """What the stage gave, bit for bit."""
         return changed.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """As if the stage had not been there."""
+        """To what stands in."""
         return gradient, None

@@ -141,8 +141,8 @@ def twice_differentiable() -> Iterator[None]:
 
 
 def softened_sign(gradient_nCHW: Tensor) -> Tensor:
-    """``tanh(g / c)`` with ``c`` the sample's mean ``|g|``, a constant: what stands for ``sign(g)`` where it must have a slope."""
-    size_n = gradient_nCHW.detach().abs().flatten(1).mean(1).clamp_min(torch.finfo(gradient_nCHW.dtype).tiny)
+    """``tanh(g / c)`` with ``c`` the sample's mean ``|g|``: what stands for ``sign(g)`` where it must have a slope, the true one."""
+    size_n = gradient_nCHW.abs().flatten(1).mean(1).clamp_min(torch.finfo(gradient_nCHW.dtype).tiny)
     return torch.tanh(gradient_nCHW / size_n.view(-1, *[1] * (gradient_nCHW.ndim - 1)))
 
 

@@ -1,0 +1,98 @@
+"""Laws of stages as an attack sees them: the smooth form and the soft gate, their limit, and a forward that stays hard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from aft.clip.model import Encoding
+from aft.clip.stages import Gate, Stage, Stages, as_attacked, encode_in_stages
+from aft.errors import ConfigError
+
+
+class Tower(nn.Module):
+    """A linear map that is its own undefended model."""
+
+    stages = Stages()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 12 * 5, dtype=torch.float64).reshape(12, 5).sin())
+
+    def encode(self, images):
+        """A matrix product."""
+        return Encoding(images.flatten(1) @ self.weight)
+
+
+@dataclass
+class Defended:
+    """Stages around a tower."""
+
+    stages: Stages
+    undefended: Tower
+
+
+def statistic(x, draw=None):
+    """The first pixel."""
+    return Gate(x[:, 0, 0, 0], 0.5)
+
+
+SIGN = Stage(lambda x, draw: x + 0.1 * (x - 0.5).sign(), smooth=lambda x, draw: x + 0.1 * torch.tanh(9 * (x - 0.5)), gate=statistic,
+             otherwise=lambda x, draw: x / 2)  # fmt: skip
+
+
+@pytest.fixture
+def images():
+    """Four images on both sides of the gate."""
+    x = torch.rand(4, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    x[:, 0, 0, 0] = torch.tensor([0.2, 0.49, 0.51, 0.9])
+    return x.requires_grad_()
+
+
+def encoded(images, **how):
+    """Through the stage."""
+    return encode_in_stages(Defended(Stages(SIGN), Tower()), images, **how).embedding_BD
+
+
+def slope(value, images):
+    """Of its sum."""
+    return torch.autograd.grad(value.sum(), images, retain_graph=True)[0]
+
+
+def test_a_soft_gate_mixes_the_smooth_form_and_what_is_done_when_it_is_shut(images):
+    """``w smooth(x) + (1 - w) otherwise(x)``, ``w = sigmoid((s - t) / (T |t|))``."""
+    weight = torch.sigmoid((images[:, 0, 0, 0] - 0.5) / (0.2 * 0.5)).view(-1, 1, 1, 1)
+    mixed = weight * SIGN.smooth(images, None) + (1 - weight) * images / 2
+    assert torch.allclose(encoded(images, gate_temperature=0.2), Tower().encode(mixed).embedding_BD, atol=1e-14)
+
+
+def test_a_cold_gate_is_the_hard_one(images):
+    """As the temperature falls, what is left is the smooth form where the gate is open and the other where it is shut."""
+    hard = torch.where(statistic(images).open_n.view(-1, 1, 1, 1), SIGN.smooth(images, None), images / 2)
+    assert torch.allclose(encoded(images, gate_temperature=1e-4), Tower().encode(hard).embedding_BD, atol=1e-12)
+    assert torch.equal(encoded(images)[0], Tower().encode(images / 2).embedding_BD[0])
+
+
+def test_a_hard_forward_has_the_bits_of_the_model_and_the_slope_of_the_soft_one(images):
+    """The tower's own derivative is taken where the model really is; for a linear tower the whole slope is the soft one's."""
+    given = encoded(images, gate_temperature=0.1, hard_forward=True)
+    assert torch.equal(given, encoded(images))
+    assert torch.allclose(slope(given, images), slope(encoded(images, gate_temperature=0.1), images), atol=1e-14)
+    assert not torch.allclose(slope(given, images), slope(encoded(images), images))
+
+
+def test_a_threshold_of_zero_has_a_temperature_of_its_own(images):
+    """No division by zero."""
+    stage = Stage(lambda x, draw: 2 * x, gate=lambda x, draw: Gate(x[:, 0, 0, 0] - 0.5, 0.0))
+    soft = as_attacked(Stages(stage), gate_temperature=0.1).pixels
+    weight = torch.sigmoid((images[:, 0, 0, 0] - 0.5) / 0.1).view(-1, 1, 1, 1)
+    assert torch.allclose(soft.run(images, None), (1 + weight) * images)
+
+
+def test_a_temperature_of_zero_is_refused(images):
+    """It is no soft gate."""
+    with pytest.raises(ConfigError, match="above 0"):
+        encoded(images, gate_temperature=0.0)
