@@ -1,8 +1,10 @@
 """How robust a model is: tasks, attack protocols, the runner that goes on after a kill, checks, and the report."""
 
-from aft.evaluation.protocols import PROTOCOLS, Planned, Protocol, plan
+from aft.evaluation.planned import Planned
+from aft.evaluation.protocols import PROTOCOLS, Protocol, plan
 from aft.evaluation.retrieval import Retrieval
-from aft.evaluation.runner import Cell, Place, evaluate
+from aft.evaluation.rounds import evaluate
+from aft.evaluation.runner import Cell, Place
 from aft.evaluation.subsets import first, nested_order
 from aft.evaluation.tasks import Classification, RightLast, Task
 

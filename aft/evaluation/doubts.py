@@ -159,8 +159,9 @@ def black_box(case: Case) -> str | None:
 
 
 def transfer(case: Case) -> str | None:
-    """E19: images made against another model break no more than one point more than those made against this one."""
-    found = [_more_found(case, case.run(case.pgd(), logits=other), "PGD against another model", 0.01) for other in case.siblings]
+    """E19: images made against another model, or this one undefended, break at most one point more than those made against this one."""
+    others = [*case.siblings, *([] if case.undefended is None else [case.undefended])]
+    found = [_more_found(case, case.run(case.pgd(), logits=other), "PGD against another model", 0.01) for other in others]
     return next((text for text in found if text), None)
 
 

@@ -15,16 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aft.attacks import sample_keys
+from aft.attacks import StockAttack, sample_keys
+from aft.attacks.adaptive import Expected
 from aft.attacks.base import Objective
+from aft.attacks.sight import Dice, Sight
 from aft.batch import EvaluationSet
 from aft.cards import Verdicts, cell_of
 from aft.clip.model import ZeroShotModel, at_least_fp32
-from aft.clip.stages import draws_for
+from aft.clip.stages import Stages, draws_for
 from aft.errors import ConfigError
+from aft.evaluation.adaptive import applying
 from aft.evaluation.checks import inside
 from aft.evaluation.origin import data_block, model_block
-from aft.evaluation.protocols import Planned, Protocol
+from aft.evaluation.planned import Planned
+from aft.evaluation.protocols import Protocol
 from aft.evaluation.subsets import SELECTION_SEED
 from aft.evaluation.tasks import Classification, Task
 
@@ -62,7 +66,7 @@ class Cell:
         survivors: of a larger radius; none attacks every image that is right when clean.
 
     Raises:
-        ConfigError: survivors of a radius that is not larger.
+        ConfigError: survivors of a radius that is not larger; a protocol for defences and a model that declares no stages, or survivors.
         DataError: data that the task cannot be asked on.
     """
 
@@ -77,6 +81,28 @@ class Cell:
         self.task.accept(self.data)
         if self.survivors is not None and not self.survivors.eps > (self.protocol.eps or 0):
             raise ConfigError(f"survivors of eps = {self.survivors.eps:g} say nothing of eps = {self.protocol.eps}: take a larger radius.")
+        if self.protocol.plan is not None and self.survivors is not None:
+            raise ConfigError(f"{self.protocol.name} attacks every image at every radius: leave out largest_first.")
+        _ = self.moves, self.defense  # a model that does not fit is known before anything is measured
+
+    @property
+    def moves(self) -> tuple[Planned, ...]:
+        """The attacks of the protocol that apply to the model."""
+        plan = self.protocol.plan
+        return self.protocol.attacks if plan is None else applying(self.protocol.attacks, stages_of(self.model), plan)
+
+    @property
+    def defense(self) -> dict[str, Any] | None:
+        """``name`` and ``settings`` of the model's defence; none for an undefended model.
+
+        Raises:
+            ConfigError: a model with stages that does not say what it is.
+        """
+        told = getattr(self.model, "defense", None)
+        if told is None and stages_of(self.model).declared:
+            raise ConfigError(f"{type(self.model).__name__} declares stages but no defense: give it a property defense that returns "
+                              '{"name": ..., "settings": {...}}, by which its cards are told apart.')  # fmt: skip
+        return None if told is None else {"name": told["name"], "settings": dict(told["settings"])}
 
     @property
     def resolution(self) -> int:
@@ -97,13 +123,17 @@ class Cell:
 
     @property
     def seeds(self) -> dict[str, int | None]:
-        """A card's ``seeds``; the attack's is none without attacks, the scoring's none as nothing in it is random."""
-        return {"attack": self.seed if self.protocol.attacks else None, "selection": SELECTION_SEED, "scoring": None}
+        """A card's ``seeds``; the attack's is none without attacks, the scoring's none where the model is not random.
+
+        One number may serve all: draws of an attack, of the choice among its points and of the verdict never meet (``draws_for``).
+        """
+        attack, scoring = (self.seed if there else None for there in (self.protocol.attacks, stages_of(self.model).random))
+        return {"attack": attack, "selection": SELECTION_SEED, "scoring": scoring}
 
     @property
     def attacks(self) -> list[dict[str, Any]]:
         """A card's ``attacks``."""
-        return [planned.describe(len(self.data)) for planned in self.protocol.attacks]
+        return [planned.describe(len(self.data)) for planned in self.moves]
 
     @cached_property
     def id(self) -> str:
@@ -112,11 +142,12 @@ class Cell:
         return cell_of({
             "task": self.task.name, "model": {key: model[key] for key in MODEL_IDENTITY}, "data": data_block(self.data),
             "protocol": {"name": self.protocol.name, "fidelity": self.protocol.fidelity}, "threat": self.threat, "attacks": self.attacks,
-            "settings": [planned.attack.describe() for planned in self.protocol.attacks], "defense": None, "seeds": self.seeds,
+            "settings": [planned.attack.describe() for planned in self.moves], "defense": self.defense, "seeds": self.seeds,
             "precision": "fp32", **({"survivors": self.survivors.cell} if self.survivors else {}),
             **({"scale": self.protocol.scale} if self.protocol.scale else {}),
             **({"corruptions": self.protocol.corruptions.describe()} if self.protocol.corruptions else {}),
             **({"task_settings": told} if (told := self.task.describe(self.data)) else {}),
+            **({"plan": self.protocol.plan.describe()} if self.protocol.plan else {}),
         })  # fmt: skip
 
 
@@ -135,6 +166,13 @@ def cell_under(
         data = replace(data, templates=protocol.templates or data.templates)
         task = replace(task, scale=protocol.scale or task.scale)
     return Cell(model, data, protocol, seed, task, survivors)
+
+
+def stages_of(model: object) -> Stages:
+    """What a model declares; nothing where it knows of no stages."""
+    stages = getattr(model, "stages", Stages())
+    assert isinstance(stages, Stages)
+    return stages
 
 
 class Cost:
@@ -227,13 +265,21 @@ class Judge:
             outputs = self.task.forward(self.model, at_least_fp32(images_nCHW.detach()), self.context, draws)
             return Seen(self.task.answer(outputs), self.task.score(outputs, truth_n), self.task.notes(outputs, truth_n))
 
+    def objective(self, planned: Planned, truth_n: Tensor, keys_n: Tensor, place: int) -> Objective:
+        """What the attack maximises; of a random model a new draw at each forward. AutoAttack's own code throws its dice by place."""
+        if not stages_of(self.model).random:
+            return self.task.objective(self.model, self.context, truth_n, planned.loss)
+        sight = Sight(self.model)
+        inner: Objective = self.task.objective(sight, self.context, truth_n, planned.loss)  # type: ignore[arg-type]
+        return inner if isinstance(planned.attack, StockAttack) else Expected(inner, sight, Dice(keys_n, place))
+
     def attack(self, planned: Planned, course: _Course, meant_n: Tensor) -> None:
         """Shows one attack the images that are still right, of those that it is meant for, and records what came of it."""
         rows_n = (course.right_n & ~course.spared_n & meant_n).nonzero().flatten()
         right_n, agree_n = course.right_n.clone(), torch.ones_like(course.right_n)
         if len(rows_n):
             clean_nCHW, truth_n = course.clean_nCHW[rows_n], course.truth_n[rows_n]
-            objective: Objective = self.task.objective(self.model, self.context, truth_n, planned.loss)
+            objective = self.objective(planned, truth_n, course.keys_n[rows_n], len(course.rights))
             result = planned.attack(objective, clean_nCHW, course.keys_n[rows_n])
             seen = self.look(result.x_BCHW, truth_n, course.keys_n[rows_n])
             within_n = inside(result.x_BCHW, clean_nCHW, planned.attack.norm, planned.attack.threat.radius)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from aft.attacks import APGD, PGD, APGDTargeted, FABTargeted, Square, StockAttack
 from aft.attacks.autoattack import StockName
-from aft.attacks.base import Attack
-from aft.attacks.objectives import CLASSES_NEEDED, LossName
+from aft.attacks.objectives import CLASSES_NEEDED
 from aft.attacks.threat_model import Norm, pixel_fraction
 from aft.errors import ConfigError, unknown_name
+from aft.evaluation.adaptive import DEFENDED, PLANS, Plan
 from aft.evaluation.corruptions import Corruptions
+from aft.evaluation.planned import Budget, Planned
 from aft.evaluation.published import PUBLISHED, Published, Space
 
 #: Step size of the evaluation's PGD as a share of eps, times the number of steps: the walk can cross the ball (arXiv 1706.06083).
@@ -25,57 +26,6 @@ PGD_REACH = 2.5
 STEPS, TARGETS, QUERIES, EOT = 100, 9, 5000, 20
 #: ``strict`` shows so many windows of Square to this share of the images: it tells whether gradients hide something.
 STRICT_QUERIES, STRICT_SHARE = 1000, 0.2
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a protocol may spend, and where.
-
-    Args:
-        eps: radius in units of the pixel range.
-        steps: of each attack.
-        targets: classes that a targeted attack aims at, one after the other; clipped to ``classes - 1``.
-        classes: K of the label space.
-        norm: ``linf``, ``l2`` or ``l1``.
-    """
-
-    eps: float
-    steps: int
-    targets: int
-    classes: int
-    norm: Norm = "linf"
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One attack of a protocol.
-
-    Args:
-        name: such as ``pgd20`` or ``apgd_t``.
-        loss: what it maximises.
-        attack: the attack itself.
-        targets: how many classes it aims at; none for an untargeted one.
-        share: of the images, the first ones of their order, that it is shown.
-    """
-
-    name: str
-    loss: LossName
-    attack: Attack
-    targets: int | None = None
-    share: float = 1.0
-
-    def limit(self, n: int) -> int:
-        """How many of ``n`` images it is shown, at least one."""
-        return max(1, round(self.share * n))
-
-    def describe(self, n: int) -> dict[str, Any]:
-        """The entry of a card's ``attacks``; of ``n`` images."""
-        told = self.attack.describe()
-        return {
-            "name": self.name, "loss": self.loss, "steps": told.get("steps"), "step_size": told.get("step_size"),
-            "restarts": told.get("restarts", 1), "keep": told.get("keep", "best"), "eot": told.get("eot", 1), "target": self.targets,
-            "n": self.limit(n),
-        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,6 +41,7 @@ class Protocol:
         templates: of the class texts; none: the data set's.
         scale: factor on cosines in loss and verdict; none: the model's.
         corruptions: on which corrupted images accuracy is counted, too; none: on none.
+        plan: of a protocol for test-time defences, what it spends; none for all others.
     """
 
     name: str
@@ -102,6 +53,7 @@ class Protocol:
     templates: tuple[str, ...] | None = None
     scale: float | None = None
     corruptions: Corruptions | None = None
+    plan: Plan | None = None
 
 
 def pgd(budget: Budget) -> tuple[Planned, ...]:
@@ -163,7 +115,7 @@ def _stock(name: StockName, budget: Budget, targets: int, eot: int = 1) -> Plann
 
 PROTOCOLS: dict[str, Callable[[Budget], tuple[Planned, ...]]] = {
     "clean": lambda _: (), "corruptions": lambda _: (), "pgd": pgd, "apgd": apgd, "strict": strict, "four": four,
-    "autoattack_standard": autoattack_standard, "autoattack_rand": autoattack_rand,
+    "autoattack_standard": autoattack_standard, "autoattack_rand": autoattack_rand, **DEFENDED,
 }  # fmt: skip
 
 #: These attack nothing and have no radius.
@@ -206,4 +158,5 @@ def plan(name: str, *, eps: float | str, steps: int, targets: int, classes: int,
         if value < 1:
             raise ConfigError(f"{setting} = {value} is too small: give 1 or more, or use the protocol clean.")
     few = name == "autoattack_standard" and classes <= TARGETS  # AutoAttack would aim at classes that are not there
-    return Protocol(name, PROTOCOLS[name](Budget(radius, steps, targets, classes, norm)), norm, radius, "like" if few else "exact")
+    attacks = PROTOCOLS[name](Budget(radius, steps, targets, classes, norm))
+    return Protocol(name, attacks, norm, radius, "like" if few else "exact", plan=PLANS.get(name))

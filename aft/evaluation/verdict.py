@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aft.attacks.sight import Sight
 from aft.cards import Card, Verdicts
 from aft.clip.model import ZeroShotModel
 from aft.evaluation.case import Case
@@ -35,7 +36,7 @@ def with_verdict(card: Card, cell: Cell, verdicts: Verdicts, images: int = 0, si
         images: right ones, the first of their order, that the dear doubts look at; 0 makes the cheap ones alone.
         siblings: other models, from which images are carried over.
     """
-    asked = doubts_of(cell, images, bool(siblings))
+    asked = doubts_of(cell, images, bool(siblings) or bool(cell.model.stages.declared))
     case = case_of(cell, verdicts, images or CHEAP_IMAGES, siblings if images else ())
     if case is None:
         return {**card, "metrics": {**card["metrics"], "checks": {"images": 0, "made": [], "failed": {}}}}
@@ -45,6 +46,8 @@ def with_verdict(card: Card, cell: Cell, verdicts: Verdicts, images: int = 0, si
     made = list(asked)
     if cell.protocol.eps:
         made, found = [*made, "E32"], {**found, **wrong_plan(cell, found)}
+        found |= unknown_defence(cell)
+        made += ["E33"] if cell.model.stages.declared else []
     before = [name for name in card["verdict"]["failed_checks"] if name not in made]
     failed, whole = [*before, *found], not cell.protocol.eps or images > 0
     checks: dict[str, Any] = {"images": len(case.labels_n), "made": made, "failed": found, **losses}
@@ -58,6 +61,13 @@ def wrong_plan(cell: Cell, found: Mapping[str, str]) -> dict[str, str]:
     if "E6" not in found or most >= EOT:
         return {}
     return {"E32": f"a random model was attacked by the mean of {most} of its draws: take {EOT}, as autoattack_rand does"}
+
+
+def unknown_defence(cell: Cell) -> dict[str, str]:
+    """E33: a model behind a defence is judged by attacks that know it, not by a protocol for plain models."""
+    if not cell.model.stages.declared:
+        return {}
+    return {"E33": f"{cell.protocol.name} does not know the defence: measure it by adaptive_small or adaptive"}
 
 
 def doubts_of(cell: Cell, images: int, siblings: bool = False) -> dict[str, Doubt]:
@@ -79,7 +89,7 @@ def case_of(cell: Cell, verdicts: Verdicts, images: int, siblings: Sequence[Zero
     model, task = cell.model, cell.task
     device = next(model.parameters()).device
     images_nCHW = cell.in_space(cell.data.batch([int(row) for row in rows]).images.to(device))
-    logits = task.classifier(model, task.prepare(model, cell.data))
+    logits = task.classifier(in_the_open(model), task.prepare(model, cell.data))
     if logits is None:
         return None
     answers_n = torch.from_numpy(verdicts["clean_answer"][np.isin(verdicts["row"], rows)]).to(device)
@@ -87,7 +97,7 @@ def case_of(cell: Cell, verdicts: Verdicts, images: int, siblings: Sequence[Zero
 
     def logits_of(one: ZeroShotModel) -> Callable[[Tensor], Tensor]:
         """Over the same answers."""
-        found = task.classifier(one, task.prepare(one, cell.data))
+        found = task.classifier(in_the_open(one), task.prepare(one, cell.data))
         assert found is not None
         return found
 
@@ -96,3 +106,8 @@ def case_of(cell: Cell, verdicts: Verdicts, images: int, siblings: Sequence[Zero
         siblings=[logits_of(other.to(device).eval()) for other in siblings],
         robust_n=torch.from_numpy(robust).to(device), undefended=logits_of(model.undefended) if model.stages.declared else None,
     )  # fmt: skip
+
+
+def in_the_open(model: ZeroShotModel) -> ZeroShotModel:
+    """A random model with new draws at every look; any other as it is."""
+    return Sight(model) if model.stages.random else model  # type: ignore[return-value]

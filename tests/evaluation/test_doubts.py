@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from aft.attacks import PGD
+from aft.defenses.clipure import released, slerp
+from aft.defenses.geometry import split
 from aft.evaluation.case import Case
 from aft.evaluation.doubts import CHEAP, DEAR, doubted, each_loss, operations
 from tests.gratings import gratings, trained
@@ -110,12 +113,71 @@ def searches(network: nn.Module) -> Callable[[Tensor], Tensor]:
     return look
 
 
+def features_of(network: nn.Module) -> tuple[nn.Module, nn.Module, Tensor]:
+    """The network in two, and the direction of its mean feature in the place of a blank template's."""
+    assert isinstance(network, nn.Sequential)
+    body, head = network[:-1], network[-1]
+    with torch.no_grad():
+        return body, head, functional.normalize(body(gratings(60, seed=9)[0]).mean(0), dim=0)
+
+
+def clipure_release(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """CLIPure-Cos as released, on features that went through half precision."""
+    body, head, blank = features_of(network)
+    return lambda x: head(released(Rounded.apply(body(x)), blank, eta=30.0, steps=10))
+
+
+def quantised_then_defended(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Grey levels as of a stored image, and only then a low-pass filter."""
+    return lambda x: network(low_pass((x * 15).round() / 15))
+
+
+def gate_on_one_draw(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Blurred where the answer to one noisy copy is another than to the image: the dice are thrown anew at each look."""
+    def look(x: Tensor) -> Tensor:
+        """One draw a look."""
+        clean, noisy = network(x), network(x + 0.05 * torch.randn_like(x))
+        return torch.where((clean.argmax(1) != noisy.argmax(1))[:, None], network(low_pass(x)), noisy)
+
+    return look
+
+
+def defended_by_the_batch(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Features are moved to the mean of their batch."""
+    body, head, _ = features_of(network)
+    return lambda x: head(0.5 * body(x) + 0.5 * body(x).mean(0))
+
+
+def low_pass(x: Tensor) -> Tensor:
+    """A Gaussian blur, as the defence ``low_pass``."""
+    return gaussian_blur(x, [5, 5], [0.5, 0.5]).clamp(0, 1)
+
+
+def low_passed(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A sound model: the filter is differentiable and the same for every image."""
+    return lambda x: network(low_pass(x))
+
+
+def clipure_closed(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A sound model: CLIPure-Cos in its closed form, ten degrees."""
+    body, head, blank = features_of(network)
+
+    def look(x: Tensor) -> Tensor:
+        """Features turned towards the blank direction; their lengths stay."""
+        size, unit = split(body(x))
+        return head(size * slerp(unit, blank, 0.17, 0.9))
+
+    return look
+
+
 ZOO: dict[str, tuple[Wrap, str]] = {
     "huge temperature": (huge_temperature, "E11"), "quantised input": (quantised_input, "E10"), "stop-gradient": (stop_gradient, "E9"),
     "random resize": (random_resize, "E6"), "whole-batch statistics": (whole_batch_statistics, "E8"),
     "dropout left on": (dropout_left_on, "E6"), "labels leak": (labels_leak, "E21"),
     "gradient through fp16": (gradient_through_fp16, "E10"), "probabilities": (probabilities, "E5"), "optimises": (optimises, "E25"),
-    "searches": (searches, "E25"),
+    "searches": (searches, "E25"), "CLIPure as released": (clipure_release, "E8"),
+    "quantise, then defend": (quantised_then_defended, "E10"), "gate on one draw": (gate_on_one_draw, "E6"),
+    "defence by batch statistics": (defended_by_the_batch, "E8"),
 }  # fmt: skip
 
 
@@ -153,6 +215,21 @@ def test_no_sound_model_is_flagged(seed: int, adversarial: bool) -> None:
     """Trained on clean or on adversarial images."""
     network = trained(seed, PGD(eps=EPS / 2, relative_step_size=0.5, steps=3) if adversarial else None)
     found = doubted(case_of(network, network), CHEAP | DEAR)
+    assert found == {}, found
+
+
+def test_the_released_clipure_is_flagged_by_more_than_its_batch(network: nn.Module) -> None:
+    """Its gradient is no slope (E29), and images made against the undefended network break more (E19)."""
+    found = doubted(case_of(clipure_release(network), network), {name: (CHEAP | DEAR)[name] for name in ("E8", "E19", "E29")})
+    assert set(found) == {"E8", "E19", "E29"}, found
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("wrap", [low_passed, clipure_closed])
+def test_no_sound_defence_is_flagged(wrap: Wrap, seed: int) -> None:
+    """A low-pass filter and the closed CLIPure around networks trained on adversarial images."""
+    network = trained(seed, PGD(eps=EPS / 2, relative_step_size=0.5, steps=3))
+    found = doubted(case_of(wrap(network), network), CHEAP | DEAR)
     assert found == {}, found
 
 
