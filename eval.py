@@ -30,8 +30,10 @@ from aft.cards import read, with_external, write, write_whole
 from aft.clip import ModelSpec, ZeroShotModel, load_model
 from aft.clip.merge import interpolate
 from aft.clip.weights import named
+from aft.defenses import DefenseSpec
 from aft.errors import AftError, ConfigError, unknown_name
 from aft.evaluation import Cell, Classification, Place, Protocol, Task, evaluate, first, plan, report, robustbench, zero_shot
+from aft.evaluation.behind import crossed
 from aft.evaluation.collect import collect
 from aft.evaluation.compare import compare
 from aft.evaluation.corruptions import Corruptions
@@ -45,7 +47,7 @@ from aft.evaluation.published import PUBLISHED
 from aft.evaluation.report import Labelled
 from aft.evaluation.runner import card_path, survivors_of
 from aft.evaluation.subsets import first_of_each
-from aft.settings import in_short, parser_of, refusal
+from aft.settings import in_short, parser_of, refusal, underlying
 from datamodules import Sample
 
 
@@ -80,6 +82,9 @@ class Measurement:
         keep_images: keep the adversarial images under OUT/parts.
         trained_on: of a suite: model's name in tables -> ids of the sets it was trained on, which (with their families) are not counted
             in its zero-shot mean.
+        defense: a test-time defence around every model: its id, or {name: ID, settings: {...}}; protocols are then oblivious,
+            adaptive_small or adaptive.
+        defenses: name in tables -> such a defence; every model is measured behind each.
     """
 
     data: LightningDataModule
@@ -104,6 +109,8 @@ class Measurement:
     world: int | None = None
     keep_images: bool = False
     trained_on: dict[str, list[str]] = field(default_factory=dict)
+    defense: DefenseSpec | str | None = None
+    defenses: dict[str, DefenseSpec] | None = None
 
     def run(self, command: str, effective: str) -> list[Labelled]:
         """Measures what is missing, then shows, writes and returns the cards."""
@@ -113,7 +120,7 @@ class Measurement:
         if self.largest_first:
             work.sort(key=lambda one: -(one[1].eps or 0))
         cards: list[Labelled] = []
-        models = self.loaded()
+        models = crossed(self.loaded(), self.protocols, self.defense, self.defenses)
         for label, model in models:
             others = [other for _, other in models if other is not model]
             larger: dict[tuple[str, str, str], Survivors] = {}
@@ -355,7 +362,10 @@ def main(args: list[str] | None = None) -> list[Labelled]:
     effective = parser.dump(settings, skip_unset=False)
     if name not in ("report", "external"):
         print(in_short(effective, parser.dump(parser.get_defaults(), skip_unset=False, skip_validation=True)), flush=True)
-    made: Any = COMMANDS[name](**vars(parser.instantiate(settings)))
+    try:
+        made: Any = COMMANDS[name](**vars(parser.instantiate(settings)))
+    except ValueError as error:
+        raise underlying(error) from error
     cards: list[Labelled] = made.run(command, effective)
     return cards
 

@@ -106,10 +106,10 @@ class DefendedJudge:
     def show(self, rows: Sequence[int]) -> Shown:
         """The cell's images at these rows."""
         batch = self.cell.data.batch(list(rows))
-        assert batch.labels is not None
+        truth_n = self.task.truth(self.cell.data, list(rows))
         images_nCHW = at_least_fp32(self.cell.in_space(batch.images.to(self.device)))
         keys_n = sample_keys(self.cell.seed, 0, batch.index).to(self.device)
-        return Shown(images_nCHW, batch.labels.to(self.device), keys_n, batch.index, tuple(rows))
+        return Shown(images_nCHW, truth_n.to(self.device), keys_n, batch.index, tuple(rows))
 
     def first(self, rows: Sequence[int]) -> Verdicts:
         """Clean images and A: the columns of ``COLUMNS`` with the clean image before the attacks, ``[n, 1 + M]``; and ``base``, whether the
@@ -130,7 +130,7 @@ class DefendedJudge:
                 base_n[places_n] &= self._base_right(part, points_nCHW[places_n])
             found.append(self.candidate(shown, points_nCHW))
             bases.append(base_n)
-        return self._table(shown, found, {"base": torch.stack(bases, 1), "label": shown.truth_n})
+        return self._table(shown, found, {"base": torch.stack(bases, 1)})
 
     def second(self, rows: Sequence[int], place_of: dict[int, int], pilot: Pilot, swept: Verdicts) -> Verdicts:
         """B to E on images that A left: the columns of ``COLUMNS``, ``[n, M]``, NaN for an attack that an image is not meant for.

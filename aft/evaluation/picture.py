@@ -11,6 +11,7 @@ from aft import cards
 from aft.attacks.threat_model import radius_text
 from aft.cards import Card
 from aft.errors import RunError
+from aft.evaluation import defended_report
 from aft.evaluation.published import printed
 from aft.evaluation.report import Labelled, data_text
 
@@ -33,7 +34,7 @@ def draw(labelled: Sequence[Labelled], path: Path) -> Path | None:
     Raises:
         RunError: matplotlib is not installed.
     """
-    panels = _panels([one for one in labelled if one[1]["threat"] is not None])
+    panels = _panels(_alone(labelled))
     return _save(panels, _draw_panel, "accuracy, %", path) if panels else None
 
 
@@ -46,8 +47,13 @@ def draw_curve(labelled: Sequence[Labelled], path: Path) -> Path | None:
     Raises:
         RunError: matplotlib is not installed.
     """
-    panels = _panels([one for one in labelled if one[1]["threat"] is not None])
+    panels = _panels(_alone(labelled))
     return _save(panels, _draw_curve_panel, "robust accuracy, %", path) if panels else None
+
+
+def _alone(labelled: Sequence[Labelled]) -> list[Labelled]:
+    """Cards with an attack; without those of a defence, whose figures never stand without the undefended ones."""
+    return [one for one in labelled if one[1]["threat"] is not None and defended_report.told(one[1]) is None]
 
 
 def _save(panels: dict[str, list[Labelled]], draw_panel: Callable[[Axes, str, Sequence[Labelled]], None], y: str, path: Path) -> Path:

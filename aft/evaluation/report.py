@@ -15,6 +15,7 @@ from rich.table import Table
 from aft import cards
 from aft.attacks.threat_model import radius_text
 from aft.cards import Card, attack_success
+from aft.evaluation import defended_report
 from aft.evaluation.collect import Labelled as Labelled
 from aft.evaluation.collect import collect
 from aft.evaluation.published import printed
@@ -25,6 +26,7 @@ CSV_COLUMNS = (
     "robust_standard_error", "attack_success_drop", "attack_success_of_right", "calibration_error_clean", "calibration_error_attacked",
     "mean_corruption_accuracy", "mean_corruption_standard_error",
     "chance", "largest_class_share", "verdict", "failed_checks", "external", "cell", "created",
+    *defended_report.CSV_COLUMNS,
 )  # fmt: skip
 VERDICT_ORDER = ("suspect", "unchecked", "reliable")
 
@@ -169,11 +171,14 @@ def _attack_text(attack: dict[str, Any]) -> str:
 
 
 def show(labelled: Sequence[Labelled], stream: TextIO | None = None, width: int | None = None) -> None:
-    """Prints the table and its notes; plain text where the stream is no terminal."""
+    """Prints the table and its notes, then those of defended models; plain text where the stream is no terminal."""
     console = Console(file=stream, width=width, highlight=False, markup=False)
-    console.print(table(labelled))
-    for note in footnotes(labelled):
-        console.print(note, style="dim")
+    plain, defended = defended_report.split(labelled)
+    for cards_of, of_cards, notes_of in ((plain, table, footnotes), (defended, defended_report.table, defended_report.footnotes)):
+        if cards_of:
+            console.print(of_cards(cards_of))
+            for note in notes_of(cards_of):
+                console.print(note, style="dim")
 
 
 def write_csv(labelled: Sequence[Labelled], path: Path) -> Path:
@@ -202,6 +207,7 @@ def _csv_row(label: str, card: Card) -> dict[str, Any]:
         "mean_corruption_accuracy": corrupted.get("mean_accuracy"),
         "mean_corruption_standard_error": corrupted.get("mean_accuracy_standard_error"),
         "clean_standard_error": card["standard_error"]["clean"], "robust_standard_error": card["standard_error"]["robust"],
+        **defended_report.csv_row(card),
     }  # fmt: skip
     same = {name: {**card, **data, **threat}.get(name) for name in CSV_COLUMNS if name not in columns}
     return {**same, **columns}

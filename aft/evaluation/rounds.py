@@ -118,7 +118,7 @@ def joined(first: Verdicts, second: Verdicts | None, informed: int) -> Verdicts:
     """One row an image of the cell, one column a candidate: clean, A, then the attacks of the second round (NaN where there was none)."""
     n = len(first["row"])
     where = {} if second is None else {int(row): place for place, row in enumerate(second["row"])}
-    table = {name: first[name] for name in ("row", "index", "label", "base")}
+    table = {name: first[name] for name in ("row", "index", "base")}
     for name in COLUMNS:
         column = first[name]
         empty: object = True if column.dtype == bool else -1 if column.dtype.kind == "i" else np.nan

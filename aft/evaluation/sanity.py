@@ -47,14 +47,15 @@ def _neighbours(judge: DefendedJudge, shown: Shown) -> str | None:
     few = shown.only(torch.arange(min(8, len(shown.rows)), device=judge.device))
 
     def look(part: Shown) -> Tensor:
-        """For the first selection draw."""
+        """For the first selection draw; the answer alone where outputs are no tensor."""
         draws = [draw for draw in judge.draws("selection", part.keys_n, 1) if draw is not None]
         with torch.no_grad():
-            return judge.task.forward(judge.model, part.images_nCHW, judge.context, draws)
+            outputs = judge.task.forward(judge.model, part.images_nCHW, judge.context, draws)
+        return outputs if isinstance(outputs, Tensor) and outputs.ndim == 2 else judge.task.answer(outputs)[:, None].double()
 
     together = look(few)
     alone = torch.cat([look(few.only(torch.tensor([place], device=judge.device))) for place in range(len(few.rows))])
-    most = float((together - alone).abs().max() / together.double().std(1).mean().clamp_min(1e-12))
+    most = float((together - alone).abs().max() / together.double().std(-1, unbiased=False).mean().clamp_min(1e-12))
     return f"an image's outputs change by {most:.2g} of their spread with its neighbours: score images alone" if most > 1e-3 else None
 
 

@@ -224,7 +224,8 @@ def test_shipped_files_are_understood(path, tmp_path, monkeypatch):
         assert caption_table([str(tmp_path / "photos"), str(tmp_path / "pairs.csv")]) == 0
         data = ["--data.test", str(tmp_path / "pairs.csv"), "--data.images", str(tmp_path / "photos"), "--task.recall_at", "[1, 3]"]
     words = [*data, "-c", str(path)] if path.stem == "curve" else ["-c", str(path), *data]
-    made = command.main([*words, *models, "--n", "4", "--steps", "1", "--out", str(tmp_path)])
+    fast = ["--protocols", "[oblivious]"] if path.stem == "hybrid" else []  # each of its rows is otherwise six attacks of forty steps
+    made = command.main([*words, *models, *fast, "--n", "4", "--steps", "1", "--out", str(tmp_path)])
     assert made and {card["data"]["n"] for _, card in made} == {4}
 
 

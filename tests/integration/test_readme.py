@@ -37,6 +37,7 @@ RUN: dict[str, list[str]] = {
     "python train.py fit -c configs/methods/tecoa.yaml -c configs/data/folder.yaml --data": [*FIT, *EMBEDDED],
     "python eval.py -c configs/eval/quickstart.yaml": MEASURE,
     "python eval.py -c configs/eval/apgd.yaml --weights": MEASURE,
+    "python eval.py --data datamodules.Sample --defense low_pass": ["--n=3", "--threads=1"],
     "python eval.py report results/ 'runs/*'": ["--out=runs/report"],
     "python eval.py report results/ --examples": ["--out=runs/examples"],
     "python eval.py external": [],
@@ -47,6 +48,7 @@ READ_ONLY = {
     "python train.py fit -c configs/methods/tecoa.yaml -c configs/data/folder.yaml -c configs/trainer/ddp.yaml": "several GPUs",
     "python eval.py -c configs/eval/apgd.yaml --model ViT-B-32/openai": "a download",
     "python eval.py -c configs/eval/zero_shot_suite.yaml": "data sets that are not embedded",
+    "python eval.py -c configs/eval/hybrid.yaml": "hours; tests/evaluation/test_eval_command.py runs it on four images",
 }
 
 

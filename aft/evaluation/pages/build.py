@@ -16,7 +16,7 @@ from typing import Any
 from aft import __version__, cards
 from aft.cards import Card, lowered
 from aft.errors import RunError
-from aft.evaluation import report
+from aft.evaluation import defended_report, report
 from aft.evaluation.collect import Collection, Labelled
 from aft.evaluation.compare import BEYOND, Comparison, gaps
 from aft.evaluation.pages import charts, markdown
@@ -138,18 +138,23 @@ def _template() -> Any:
 def facts_of(content: Content) -> dict[str, Any]:
     """What page and Markdown are filled with."""
     found = content.found
-    groups = groups_of(found.labelled, content.left_out)
+    plain, defended = defended_report.split(as_shown(found.labelled))
+    groups = groups_of([one for one in found.labelled if defended_report.told(one[1]) is None], content.left_out)
     models = list(dict.fromkeys(charts.model_key(row) for group in groups for row in group.rows))
     panels = {group.id: _panels(group, models) for group in groups}
     told = [_card(label, card, path) for (label, card), path in zip(found.labelled, found.paths, strict=True)]
     return {
-        "summary": _summary(found), "collection": found, "groups": groups, "notes": report.footnotes(as_shown(found.labelled)),
+        "summary": _summary(found), "collection": found, "groups": groups, "notes": report.footnotes(plain) if plain else [],
+        "defended": [[label, *defended_report.cells(card)] for label, card in defended_report.rows_of(defended)],
+        "defended_heads": ["model", "eps", *defended_report.HEADS, "verdict"],
+        "defended_notes": defended_report.footnotes(defended) if defended else [],
         "panels": panels, "has_panels": any(one["curves"] for one in panels.values()), "open_panels": OPEN_PANELS,
         "most_panels": MOST_PANELS, "many": MANY, "tall": TALL,
         "legends": {name: _legend(one["curves"]) for name, one in panels.items()}, "marks_of_charts": charts,
         "choices": _choices(groups), "order": report.VERDICT_ORDER, "marks": MARKS, "failed": _failed(found),
         "externals": [one for one in found.labelled if one[1]["external"]], "metrics": metrics_of(found.labelled),
-        "gaps": gaps(found), "cards": told, "turns": [one for one in told if len(one["left"]) > 1],
+        "gaps": gaps(found), "cards": told,
+        "turns": [one for one in told if len(one["left"]) > 1 and defended_report.told(one["card"]) is None],
         "examples": content.examples, "attention": any("attention before" in one.columns for one in content.examples),
         "examples_left_out": False, "comparison": content.comparison, "against": content.against, "beyond": BEYOND,
         "literature": literature(), "ours": _ours(groups), "radii": RADII, "version": __version__,
@@ -207,7 +212,9 @@ def _card(label: str, card: Card, path: Path) -> dict[str, Any]:
     """One card as the page tells it: the figures, and how each came about."""
     threat, model, data, cost = card["threat"], card["model"], card["data"], card["cost"]
     attacks = " + ".join(_attack(attack) for attack in card["attacks"]) or "no attack"
-    left = [(name, percent(share, cards.standard_error(share, data["n"]))) for name, share in card["per_attack"].items()]
+    seen = {attack["name"]: attack["n"] for attack in card["attacks"]} if defended_report.told(card) else {}
+    left = [(name, percent(share, None if share is None else cards.standard_error(share, seen.get(name, data["n"]))))
+            for name, share in card["per_attack"].items()]  # fmt: skip
     where, checks = "", card["metrics"].get("checks") or {}
     if threat:
         norm = NORMS.get(threat["norm"], threat["norm"])

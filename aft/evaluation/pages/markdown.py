@@ -27,6 +27,10 @@ def text_of(facts: Mapping[str, Any], picture: str | None = None) -> str:
         lines += [f"## {group.title[0].upper()}{group.title[1:]}", "", *_group(group), ""]
         lines += [f"- {note}" for note in group.notes]
     lines += ["", *(f"- {note}" for note in facts["notes"]), ""]
+    if facts["defended"]:
+        rows = [[cell.replace("\n", "; ") for cell in row] for row in facts["defended"]]
+        lines += ["## Behind a defence", "", *_table(facts["defended_heads"], rows, 2), ""]
+        lines += [*(f"- {note}" for note in facts["defended_notes"]), ""]
     lines += [f"![Accuracy against eps]({picture})", ""] if picture else []
     for heading, found in (("Checks that failed", _failed(facts)), ("PGD and APGD on the same images", _gaps(facts)),
                            ("Further figures", _metrics(facts)), ("Not shown", _unread(facts))):  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 from aft import cards
 from aft.cards import Card, digest
 from aft.evaluation.collect import Labelled
+from aft.evaluation.defended_report import robust_n
 from aft.evaluation.published import printed
 from aft.evaluation.report import VERDICT_ORDER, data_text, eps_text, percent
 from aft.evaluation.zero_shot import PRETRAINED_ON
@@ -21,7 +22,7 @@ NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1"}
 #: What stands behind a number: reliable, unchecked, suspect. Shapes differ, so that no colour is needed.
 MARKS = {"reliable": "✓", "unchecked": "?", "suspect": "!"}
 #: Parts of a card's ``metrics`` that say how it was measured; everything else in there is a further figure.
-KNOWN_METRICS = {"per_class", "largest_class_shares", "attacked", "judged_otherwise", "checks", "spared"}
+KNOWN_METRICS = {"per_class", "largest_class_shares", "attacked", "judged_otherwise", "checks", "spared", "defended"}
 #: Numbers among further figures that are none, and how the name of a standard error ends.
 SETTINGS, ERROR = {"n", "bins", "seed", "most_texts_of_an_image", "most_images_of_a_text"}, "standard_error"
 #: The unit of L-inf radii.
@@ -234,7 +235,8 @@ def number_of(label: str, card: Card, kind: str) -> Number | None:
         return None
     outside = shown["external"]["source"] if kind == "robust" and share != card["robust_accuracy"] else None
     verdict = card["verdict"]
-    return Number(share, error, card["data"]["n"], verdict["status"], tuple(verdict["failed_checks"]), anchor(label, card), outside)
+    n = robust_n(card) if kind == "robust" else card["data"]["n"]
+    return Number(share, error, n, verdict["status"], tuple(verdict["failed_checks"]), anchor(label, card), outside)
 
 
 def _means(found: Sequence[Card], rows: Sequence[Row], left_out: Sequence[str]) -> tuple[list[Row], list[str]]:
