@@ -2,7 +2,7 @@
 
 ``bench/calibrate_defenses.yaml`` has the candidates and the rules. What needs no attack is always measured: TTC's threshold by the share of
 clean images that its gate lets through, AOM's noise by the drift that it causes, CLIPure-Diff's climb by how well embeddings of noisy
-images are restored, and for CLIPure-Cos the angles and the class biases that its lemma speaks of. With ``--attack MODULE:FUNCTION`` every
+images are restored, and for CLIPure-Cos the angles and the class biases that its lemma speaks of. With ``--attack`` every
 candidate is attacked through its stages, and the best one is chosen. Results go to ``results/defenses/calibration.json``.
 
 Shapes: n images, C channels, H height, W width, D embedding width, K classes.
@@ -11,7 +11,6 @@ Shapes: n images, C channels, H height, W width, D embedding width, K classes.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +20,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from aft.attacks import sample_keys
+from aft.attacks import PGD, sample_keys
+from aft.attacks.adaptive import Expected, draw_cosines, eot_count
 from aft.attacks.noise import uniform
+from aft.attacks.sight import Dice, Sight
 from aft.attacks.threat_model import pixel_fraction
 from aft.cards import standard_error, write_whole
 from aft.clip import ZeroShotModel, load_model
@@ -31,12 +32,15 @@ from aft.defenses import defend, open_gates
 from aft.errors import AftError, ConfigError
 from aft.evaluation import first
 from aft.evaluation.judge import scoring
+from aft.evaluation.tasks import Classification, ClassText
 from datamodules import ImageFolder
 
 HERE = Path(__file__).resolve().parents[1]
 RECIPE = HERE / "bench" / "calibrate_defenses.yaml"
 OUT = HERE / "results" / "defenses" / "calibration.json"
 MOST_CANDIDATES = 6
+#: Draws that the attack's gradient is a mean of, at the most, and the place of the dice that find out how many are needed.
+MOST_DRAWS, PILOT = 9, 1
 #: Of the noise that stands on images before a defence sees them: not a number of any purpose.
 NOISE_NUMBER = 1 << 20
 
@@ -217,18 +221,18 @@ def chosen(rows: Mapping[str, Sequence[Mapping[str, Any]]], clean_loss: float) -
     return best
 
 
-def named_attack(place: str) -> Attacker:
-    """The attack at MODULE:FUNCTION.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    module, _, name = place.partition(":")
-    try:
-        found: Attacker = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"no attack at {place!r} ({error}): give MODULE:FUNCTION, an Attacker as this file has it.") from error
-    return found
+def bpda_and_eot(
+    model: ZeroShotModel, text_KD: Tensor, images_nCHW: Tensor, labels_n: Tensor, keys_n: Tensor, *, eps: float, steps: int
+) -> Tensor:
+    """Attack B: PGD on the margin with steps of eps / 4, gradients past every stage, the mean over as many draws as the rule asks for."""
+    sight = Sight(model, bpda=list(model.stages.declared))
+    inner = Classification().objective(sight, ClassText(text_KD), labels_n, "margin")  # type: ignore[arg-type]
+    draws = 1
+    if model.stages.random:
+        pilot = Expected(inner, sight, Dice(keys_n, PILOT))
+        draws = eot_count(float(draw_cosines(pilot, images_nCHW).median()), MOST_DRAWS)
+    objective = Expected(inner, sight, Dice(keys_n), draws)
+    return PGD(eps=eps, step_size=eps / 4, steps=steps, keep="best")(objective, images_nCHW, keys_n).x_BCHW
 
 
 def run(recipe: Mapping[str, Any], attack: Attacker | None, out: Path = OUT) -> dict[str, Any]:
@@ -257,9 +261,9 @@ def run(recipe: Mapping[str, Any], attack: Attacker | None, out: Path = OUT) -> 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--attack", help="MODULE:FUNCTION of an attack that knows the stages; none: only what needs no attack")
+    parser.add_argument("--attack", action="store_true", help="also choose by the attack that knows the stages")
     given = parser.parse_args(args)
-    told = run(yaml.safe_load(RECIPE.read_text()), named_attack(given.attack) if given.attack else None)
+    told = run(yaml.safe_load(RECIPE.read_text()), bpda_and_eot if given.attack else None)
     print(json.dumps(told, indent=1))
     return told
 

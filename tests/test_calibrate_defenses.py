@@ -6,9 +6,10 @@ import pytest
 import torch
 import yaml
 
+from aft.attacks import margin
 from aft.batch import EvaluationSet
 from aft.clip.stages import encode_in_stages
-from aft.defenses import DEFENSES, DefenseSpec
+from aft.defenses import DEFENSES, DefenseSpec, defend
 from aft.errors import ConfigError
 from bench import calibrate_defenses as bench
 from tests.conftest import MemoryData
@@ -66,8 +67,23 @@ def test_no_defence_is_tuned_longer_than_the_others_and_no_attack_leaves_the_bal
         bench.attacked(model, seen, given, {}, upwards)
     with pytest.raises(ConfigError, match="left the ball"):
         bench.measured(model, seen, given, lambda model, text, images, *rest, **settings: 1 - images)
-    with pytest.raises(ConfigError, match="no attack at 'bench:nothing'"):
-        bench.named_attack("bench:nothing")
+
+
+@pytest.mark.parametrize("name", [None, "noise", "low_pass", "ttc", "clipure_cos_closed"])
+def test_the_attack_goes_through_the_stages(model, seen, name):
+    """BPDA with the mean over draws breaks more than random noise of the same size does, in the ball, also of random defences."""
+    defended = model if name is None else defend(model, name)
+    text_KD = model.text_bank(seen.names, seen.templates)
+    shown = bench.bpda_and_eot(defended, text_KD, seen.shown_nCHW, seen.labels_n, seen.keys_n, eps=16 / 255, steps=5)
+    assert float((shown - seen.shown_nCHW).abs().max()) <= 16 / 255 + 1e-6
+    noisy = (seen.shown_nCHW + (seen.noisy(1.0) - seen.shown_nCHW).sign() * 16 / 255).clamp(0, 1)
+
+    def loss(images: torch.Tensor) -> float:
+        """The margin over the draws of the choice."""
+        looks = [margin(defended.logits(encode_in_stages(defended, images, draw), text_KD), seen.labels_n) for draw in seen.draws(5)]
+        return float(torch.stack(looks).mean().detach())
+
+    assert loss(shown) > max(loss(noisy), loss(seen.shown_nCHW))
 
 
 def test_what_needs_no_attack(model, seen):
