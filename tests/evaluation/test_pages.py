@@ -212,9 +212,10 @@ def test_other_tasks_norms_and_figures_have_tables_of_their_own(tmp_path):
     stored(tmp_path, "m", made_up())
     stored(tmp_path, "m", made_up(eps=0.5, norm="l2"))
     stored(tmp_path, "m", made_up(eps=12.0, norm="l1"))
-    recall = {"recall": {"image_to_text": {"recall_at_5": {"clean": 0.875, "clean_standard_error": 0.03}, "n": 60}},
+    at_5 = {"clean": 0.875, "clean_standard_error": 0.03, "attacked": 0.5, "attacked_standard_error": 0.06}
+    recall = {"recall": {way: {"recall_at_5": at_5, "n": n} for way, n in (("image_to_text", 60), ("text_to_image", 90))},
               "calibration": {"bins": 15, "clean": 0.062, "attacked": None, "n": 100},
-              "per_class": {"cat": {"n": 1, "clean_accuracy": 1.0}}}  # fmt: skip
+              "attack_success": {"drop": 0.25, "of_right": 0.5}, "per_class": {"cat": {"n": 1, "clean_accuracy": 1.0}}}  # fmt: skip
     stored(tmp_path, "m", made_up(task="retrieval", chance=None, metrics=recall))
     found = collect([tmp_path])
     told = {group.title: (list(group.columns), group.unit) for group in groups_of(found.labelled)}
@@ -223,7 +224,11 @@ def test_other_tasks_norms_and_figures_have_tables_of_their_own(tmp_path):
         "classification, L2 on native pixels": (["0.5 l2"], "pixel range"), "retrieval, L-inf on native pixels": (["2/255"], "1/255"),
     }  # fmt: skip
     figures = [(one.name, one.value, one.error, one.n) for one in metrics_of(found.labelled)]
-    assert figures == [("recall image to text recall at 5 clean", 0.875, 0.03, 60), ("calibration clean", 0.062, None, 100)]
+    assert figures == [
+        ("recall image to text recall at 5 clean", 0.875, 0.03, 60), ("recall image to text recall at 5 attacked", 0.5, 0.06, 60),
+        ("recall text to image recall at 5 clean", 0.875, 0.03, 90), ("recall text to image recall at 5 attacked", 0.5, 0.06, 90),
+        ("calibration clean", 0.062, None, 100),
+    ]  # fmt: skip
     page, text = page_of(found)
     assert "none on the card" in text and all(title in text for title in told) and page.all("svg")
 

@@ -21,8 +21,9 @@ from aft.evaluation.zero_shot import PRETRAINED_ON
 NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1"}
 #: What stands behind a number: reliable, unchecked, suspect. Shapes differ, so that no colour is needed.
 MARKS = {"reliable": "✓", "unchecked": "?", "suspect": "!"}
-#: Parts of a card's ``metrics`` that say how it was measured; everything else in there is a further figure.
-KNOWN_METRICS = {"per_class", "largest_class_shares", "attacked", "judged_otherwise", "checks", "spared", "defended"}
+#: Parts of a card's ``metrics`` that say how it was measured, or (attack success) only what both accuracies say, of another n; everything
+#: else in there is a further figure.
+KNOWN_METRICS = {"per_class", "largest_class_shares", "attacked", "judged_otherwise", "checks", "spared", "defended", "attack_success"}
 #: Numbers among further figures that are none, and how the name of a standard error ends.
 SETTINGS, ERROR = {"n", "bins", "seed", "most_texts_of_an_image", "most_images_of_a_text"}, "standard_error"
 #: The unit of L-inf radii.
