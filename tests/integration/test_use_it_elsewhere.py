@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "use_it_elsewhere.md").read_text(encoding="utf-8")
 WEIGHTS = ROOT / "results" / "weights" / "tecoa_seed0.safetensors"
 IMAGES, ATTACKED = 500, 48
-pytestmark = pytest.mark.timeout(280)
+pytestmark = pytest.mark.timeout(600)  # five exports come first
 
 # Before a stranger's lines: what they do not have is not to be had, however the environment was made.
 ALONE = "import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n"
