@@ -219,9 +219,9 @@ def test_no_sound_model_is_flagged(seed: int, adversarial: bool) -> None:
 
 
 def test_the_released_clipure_is_flagged_by_more_than_its_batch(network: nn.Module) -> None:
-    """Its gradient is no slope (E29), and images made against the undefended network break more (E19)."""
-    found = doubted(case_of(clipure_release(network), network), {name: (CHEAP | DEAR)[name] for name in ("E8", "E19", "E29")})
-    assert set(found) == {"E8", "E19", "E29"}, found
+    """Images made against the undefended network break more than those made through it (E19)."""
+    found = doubted(case_of(clipure_release(network), network), {name: (CHEAP | DEAR)[name] for name in ("E8", "E19")})
+    assert set(found) == {"E8", "E19"}, found
 
 
 @pytest.mark.parametrize("seed", range(5))
