@@ -24,7 +24,8 @@ from aft.errors import AftError, ConfigError, RunError
 from aft.methods import AdversarialFineTuning, OptimizerSpec
 from aft.methods.distributed import leave_process_group
 from aft.settings import dropped_settings, explain, flat, new_differences, underlying
-from callbacks import RunLock, TerminalProgress
+from callbacks import AtomicCheckpointIO, RunLock, TerminalProgress
+from callbacks.checkpoint_io import newest_whole
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "configs" / "base.yaml"
@@ -108,7 +109,8 @@ class Main(LightningCLI):
             settings.trainer.logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": place}
         if settings.checkpoint.dirpath is None:
             settings.checkpoint.dirpath = str(self.run_folder / "checkpoints")
-        if str(settings.trainer.devices) not in ("1", "auto") and settings.trainer.strategy in ("auto", "ddp"):
+        several = str(settings.trainer.devices) not in ("1", "auto") or int(settings.trainer.num_nodes) > 1
+        if several and settings.trainer.strategy in ("auto", "ddp"):
             settings.trainer.strategy = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": DDP}
         settings.trainer.enable_progress_bar = sys.stdout.isatty() and settings.trainer.enable_progress_bar is not False
         self.trainer_defaults = {"callbacks": [TerminalProgress()]} if settings.trainer.enable_progress_bar else {}
@@ -123,9 +125,13 @@ class Main(LightningCLI):
     def before_fit(self) -> None:
         """Checks what the best checkpoint is chosen by, claims the run folder, and prints and stores the effective settings."""
         check_monitor(self.settings.checkpoint.monitor, self.model, self.datamodule)
+        refuse_stale(self.run_folder)
+        asked = self.settings.get("ckpt_path")
+        if asked == "last":
+            found = newest_whole(Path(self.settings.checkpoint.dirpath) / "last.ckpt")
+            self.config_init[self.subcommand]["ckpt_path"] = None if found is None else str(found)
         if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
             return
-        asked = self.settings.get("ckpt_path")
         lock = RunLock(self.run_folder)
         lock.acquire()
         try:
@@ -134,12 +140,18 @@ class Main(LightningCLI):
             lock.release()
             raise
         self.trainer.callbacks.append(lock)
+        if isinstance(self.trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+            self.trainer.strategy.checkpoint_io.may_write = lock.still_ours
         self._introduce(self.effective)
         if asked == "last":
-            newest = Path(self.settings.checkpoint.dirpath) / "last.ckpt"
-            print(f"going on from {newest}" if newest.is_file() else f"no checkpoint in {newest.parent} yet: a new run", flush=True)
+            place = self.settings.checkpoint.dirpath
+            print(f"no checkpoint in {place} yet: a new run" if found is None else f"going on from {found}", flush=True)
         elif asked:
             print(f"going on from {asked}", flush=True)
+
+    def before_validate(self) -> None:
+        """Refuses what Lightning would load unasked."""
+        refuse_stale(self.run_folder)
 
     def _introduce(self, effective: str) -> None:
         """What runs, and the settings that decide what it becomes."""
@@ -151,7 +163,11 @@ class Main(LightningCLI):
                 key.startswith(("model.", "data.")) or key in ("trainer.max_steps", "trainer.max_epochs", "trainer.precision")
             ):
                 print(f"  {key}: {value}")
-        place = f"{self.trainer.num_devices} x {self.trainer.strategy.root_device.type}"
+        place = f"{self.trainer.world_size} x {self.trainer.strategy.root_device.type}"
+        batch, parts = getattr(self.datamodule, "batch_size", None), self.trainer.accumulate_grad_batches
+        if batch is not None:
+            total = batch * self.trainer.world_size * parts
+            print(f"images a step: {batch} x {self.trainer.world_size} processes x {parts} parts = {total}; lr is for these, as it is given")
         print(
             f"{place}, run folder {self.run_folder}: all settings in config.yaml, curves by tensorboard --logdir {self.run_folder}",
             flush=True,
@@ -185,6 +201,16 @@ def check_monitor(monitor: str | None, model: AdversarialFineTuning, data: Any) 
         raise ConfigError(f"checkpoint.monitor = {monitor} needs model.init_args.val_attack: set it, or monitor val/clean_accuracy.")
 
 
+def refuse_stale(folder: Path) -> None:
+    """Raises RunError where Lightning, under SLURM, would load a checkpoint that nobody asked for."""
+    stale = sorted(folder.glob("hpc_ckpt*.ckpt"))
+    if stale:
+        raise RunError(
+            f"{stale[-1]} is in the run folder: Lightning would load it in place of what was asked for. Move it away, or name it with "
+            "--ckpt_path from another folder."
+        )
+
+
 def claim(folder: Path, checkpoints: Path, effective: str, asked: str | None) -> None:
     """Stores the settings in the run folder, unless it holds another run. A start that made no checkpoint does not count as a run.
 
@@ -195,14 +221,8 @@ def claim(folder: Path, checkpoints: Path, effective: str, asked: str | None) ->
         asked: ``last``, a checkpoint's path, or none for a new run.
 
     Raises:
-        RunError: there are checkpoints, and this is not their continuation; or a checkpoint that Lightning would load unasked.
+        RunError: there are checkpoints, and this is not their continuation.
     """
-    stale = sorted(folder.glob("hpc_ckpt*.ckpt"))
-    if stale:
-        raise RunError(
-            f"{stale[-1]} is in the run folder: Lightning would load it in place of what was asked for. Move it away, or name it with "
-            "--ckpt_path from another folder."
-        )
     taken = any(checkpoints.glob("*.ckpt"))
     own = asked == "last" or (asked is not None and Path(asked).resolve().is_relative_to(folder.resolve()))
     if taken and not own:

@@ -6,8 +6,10 @@ from callbacks.collapse_watch import CollapseWatch
 from callbacks.farewell import Farewell
 from callbacks.image_log import ImageLog
 from callbacks.interruption import Interruption, Stopped
+from callbacks.probe import Probe
 from callbacks.progress import PlainProgress, TerminalProgress
 from callbacks.run_lock import RunLock
+from callbacks.saving import KeepSaving
 from callbacks.throughput import Throughput
 
 __all__ = [
@@ -17,7 +19,9 @@ __all__ = [
     "Farewell",
     "ImageLog",
     "Interruption",
+    "KeepSaving",
     "PlainProgress",
+    "Probe",
     "RunLock",
     "Stopped",
     "TerminalProgress",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
+import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,28 +25,37 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     which is no single act between two file systems.)
     """
 
+    #: Asked before a file is put in place; raises where this process may not write any more.
+    may_write: Callable[[], None] | None = None
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None) -> None:
         """Saves atomically.
 
         Raises:
-            RunError: it could not be written (disk full, say); the checkpoint that was there is untouched.
+            RunError: it could not be written (a full or read-only disk, say), or this process may not; the checkpoint that was there is
+                untouched.
         """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as stream:
                 torch.save(checkpoint, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
+            if self.may_write is not None:
+                self.may_write()
             keep_previous(target)
             os.replace(temporary, target)
             sync_folder(target.parent)
+        except RunError:
+            raise
         except (OSError, RuntimeError) as error:
             kept = " The one that was there before is whole." if target.exists() else ""
             raise RunError(f"checkpoint {target} could not be written ({error}): make room, then --ckpt_path last.{kept}") from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Loads tensors and plain types only.
@@ -83,3 +95,33 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def newest_whole(path: Path) -> Path | None:
+    """The checkpoint at ``path``, or the one before it where that one is damaged or missing (which is said); none: there is neither.
+
+    Every byte is compared with the checksums that the file holds; torch does not look at them.
+
+    Raises:
+        RunError: both are damaged.
+    """
+    problems = {one: damage_of(one) for one in (path, Path(f"{path}{PREVIOUS}")) if one.is_file()}
+    for one, problem in problems.items():
+        if problem is None:
+            if one != path:
+                warnings.warn(f"checkpoint {path} is {problems.get(path, 'missing')}: going on from {one}, the one before it.", stacklevel=2)
+            return one
+    if problems:
+        told = "; ".join(f"{one} ({problem})" for one, problem in problems.items())
+        raise RunError(f"no checkpoint to go on from is whole: {told}. Start anew in another folder.")
+    return None
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint's file; none: it is whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        return f"damaged ({error})"
+    return f"damaged (wrong checksum of {broken})" if broken else None

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
+
+from callbacks.saving import after_the_others, save_last
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -28,7 +29,8 @@ class Interruption(L.Callback):
 
     The handler sets a flag and nothing else; processes agree by a maximum over their flags after each step, on the CPU, so no GPU waits.
     (Lightning 2.6 broadcasts from inside the handler, which hangs when one process alone is signalled, saves nothing, and exits with 0.)
-    A second signal stops at once, without saving. A validation that runs is finished first.
+    A second Ctrl-C stops at once, without saving; SIGTERM and SIGUSR1 come from a scheduler, which repeats them, and wait on. A validation
+    that runs is finished first. Signals before the first step end the process as they would any other.
     """
 
     def __init__(self) -> None:
@@ -36,21 +38,32 @@ class Interruption(L.Callback):
         self.last_step = 0
         self.group: Any = None
         self.before: dict[signal.Signals, Any] = {}
+        self.process = os.getpid()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Acts after the other callbacks, and keeps Lightning's handlers out: they communicate, and save in the middle of a step."""
+        after_the_others(trainer, self)
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes the signals over from Lightning, which has just set its own handlers."""
-        self.asked, self.last_step = 0, trainer.global_step
+        """From here on a signal waits for the end of a step."""
+        self.asked, self.last_step, self.process = 0, trainer.global_step, os.getpid()
         if trainer.world_size > 1:
-            self.group = dist.new_group(backend="gloo")
+            self.group = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "_timeout", None))
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # a wait for the GPU in every step
         if threading.current_thread() is threading.main_thread():
             self.before = {signum: signal.signal(signum, self._ask) for signum in SIGNALS}
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if os.getpid() != self.process:  # a forked child: SLURM signals every process of a step
+            return
+        if self.asked == signum == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.asked:
+            return
         self.asked = signum
-        print(f"\n{signal.Signals(signum).name}: stopping after this step; a second one stops at once, without saving", flush=True)
+        more = "; a second one stops at once, without saving" if signum == signal.SIGINT else ""
+        print(f"\n{signal.Signals(signum).name}: stopping after this step{more}", flush=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Looks, at the end of a whole optimiser step, whether anyone was asked to stop."""
@@ -62,19 +75,13 @@ class Interruption(L.Callback):
             dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.group)
         if not asked:
             return
-        saved = self._save(trainer)
+        saved = save_last(trainer)
+        flush(trainer)
         if trainer.is_global_zero:
             name = signal.Signals(int(asked)).name
             say = "the same command with --ckpt_path last goes on" if saved else "nothing was saved, checkpoints are off"
             print(f"\n{name}: stopped after step {trainer.global_step}; {say}", flush=True)
         raise Stopped(int(asked))
-
-    @staticmethod
-    def _save(trainer: L.Trainer) -> bool:
-        saver = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath), None)
-        if saver is not None:
-            trainer.save_checkpoint(Path(str(saver.dirpath)) / "last.ckpt")
-        return saver is not None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Gives the signals back."""
@@ -90,3 +97,11 @@ class Interruption(L.Callback):
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
         self.before = {}
+
+
+def flush(trainer: L.Trainer) -> None:
+    """Writes what the loggers hold back: a scheduler may end the process before they do so."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        write = getattr(getattr(logger, "experiment", None), "flush", None)
+        if write is not None:
+            write()

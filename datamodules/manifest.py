@@ -16,9 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from webdataset.gopen import gopen
-
 from aft.errors import DataError
+from datamodules.remote import URL, open_stream
 
 SCHEMA = "aft.shards/1"
 FILE = "manifest.json"
@@ -72,7 +71,7 @@ class Location:
     """Where shards lie: a local folder, a URL that file names are put behind, or one with ``{}`` in their place.
 
     Args:
-        path: folder, or a URL that ``webdataset`` opens (``https://``, ``gs://``, ``hf://`` ...).
+        path: folder, or a URL that fsspec opens (``https://``, ``s3://``, ``hf://`` ...).
         allow_pipe: let ``pipe:`` start a shell command.
 
     Raises:
@@ -89,7 +88,7 @@ class Location:
     @property
     def folder(self) -> Path | None:
         """The local folder; none for a URL."""
-        return None if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", self.path) else Path(self.path)
+        return None if URL.match(self.path) else Path(self.path)
 
     def of(self, name: str) -> str:
         """Path or URL of one file."""
@@ -106,9 +105,9 @@ def read(location: Location) -> Manifest:
     """
     url = location.of(FILE)
     try:
-        with closing(gopen(url)) as stream:
+        with closing(open_stream(url)) as stream:
             return parse(json.loads(stream.read()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ImportError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{url} is no manifest of shards ({type(error).__name__}: {error}): make shards with python -m "
                         "datamodules.convert, or write one for shards that exist with python -m datamodules.convert FOLDER "
                         "--manifest-only.") from error

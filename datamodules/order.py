@@ -5,6 +5,7 @@ Both are samplers whose items stand for whole batches; the data set beneath make
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,7 +147,8 @@ class TrainLoader(DataLoader[Batch]):
     """
 
     def __init__(self, batches: Dataset[Any], order: TrainOrder, num_workers: int = 0) -> None:
-        super().__init__(batches, sampler=order, batch_size=None, num_workers=num_workers, persistent_workers=num_workers > 0)
+        super().__init__(batches, sampler=order, batch_size=None, num_workers=num_workers, persistent_workers=num_workers > 0,
+                         worker_init_fn=leave_signals if num_workers else None)
         self.order, self._saved_under = order, order.depends_on()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -167,3 +169,9 @@ class TrainLoader(DataLoader[Batch]):
         self.order.epoch = state["epoch"]
         self.order.start = self.order.drawn = state["drawn"]
         self._saved_under = state["of"]
+
+
+def leave_signals(worker: int) -> None:
+    """In a loader's process: schedulers and Ctrl-C signal it together with the process that trains, which still needs its batches."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)

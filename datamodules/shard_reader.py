@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from aft.errors import DataError
 from datamodules.manifest import Location, Manifest, Shard, stable_number
+from datamodules.remote import open_stream
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 ENDINGS = frozenset({*IMAGES, "cls", "txt", "json"})  # all else in a tar is passed over unread
@@ -136,7 +136,7 @@ def samples_of(url: str, note: Callable[[Exception], bool]) -> Generator[dict[st
         note: is told of every error; what it returns says whether to go on.
     """
     try:
-        stream = gopen(url)
+        stream = open_stream(url)
     except Exception as error:
         note(error)
         return

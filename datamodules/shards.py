@@ -34,7 +34,7 @@ class Shards(ImageData):
 
     Args:
         train: folder or URL of the training shards; in a URL ``{}`` stands for the file name, without it the name comes last.
-            URLs of web servers are read with ``curl``.
+            URLs are read with fsspec (``s3://`` needs the package s3fs, ``gs://`` gcsfs); a connection that fails is tried again.
         holdout: folder of shards with held-out training images to validate on; none: no validation.
         test: folder of shards with the test images; none: there is no test set.
         name: id of the data set in result files; none: the last part of ``train``.

@@ -75,7 +75,7 @@ def test_two_processes_do_not_train_in_one_folder(config: Path, tmp_path: Path) 
     assert other.stdout is not None and other.stdout.readline() == "held\n"
     with pytest.raises(RunError, match="another process trains in"):
         fit(config)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["run.lock", "run.owner"]
     other.kill()
     other.wait()
     fit(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from aft.attacks import PGD
 from aft.clip import ModelSpec, load_model
 from aft.errors import ConfigError, RunError
 from aft.methods import OptimizerSpec, TeCoA
-from callbacks import AtomicCheckpointIO, AveragedWeights, Interruption, Stopped, checkpoint_io
+from callbacks import AtomicCheckpointIO, AveragedWeights, Interruption, KeepSaving, RunLock, Stopped, checkpoint_io
 from callbacks.average import trained
 from datamodules import Sample
 from tests.conftest import MemoryData, make_trainer
@@ -223,3 +224,126 @@ def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
     """Named with its value."""
     with pytest.raises(ConfigError, match="decay"):
         AveragedWeights(decay)
+
+
+class SignalToAllAt(SignalAt):
+    """Sends it to the loader's processes, too, as SLURM does."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Children first."""
+        if trainer.global_step == self.step:
+            for child in multiprocessing.active_children():
+                os.kill(int(child.pid or 0), self.signums[0])
+            time.sleep(0.5)
+        super().on_train_batch_start(trainer, *args)
+
+
+def test_a_signal_to_every_process_of_a_step_leaves_the_loader_alive(tiny: ModelSpec, tmp_path: Path) -> None:
+    """A loader's process that died of it would end the step in an error, before the checkpoint."""
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    trainer = make_trainer(tmp_path, max_steps=5, limit_val_batches=0, enable_checkpointing=True,
+                           callbacks=[SignalToAllAt(1, signal.SIGTERM), Interruption(), saver])  # fmt: skip
+    sample = Sample(batch_size=16, holdout=0, train_classes=["cat", "dog"], num_workers=1)
+    with pytest.raises(Stopped):
+        trainer.fit(tecoa(tiny), datamodule=sample)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_schedulers_that_repeat_a_signal_do_not_cost_the_checkpoint(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """SIGUSR1, then SIGTERM twice within one step: it is still finished and saved."""
+    signals = SignalAt(1, signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM)
+    trainer = make_trainer(tmp_path, max_steps=5, limit_val_batches=0, enable_checkpointing=True,
+                           callbacks=[signals, Interruption(), ModelCheckpoint(tmp_path, save_last=True)])  # fmt: skip
+    with pytest.raises(Stopped):
+        trainer.fit(tecoa(tiny), datamodule=data)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_a_stop_waits_for_the_average(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """Whatever the order of the callbacks, the checkpoint of a stop holds the average after the step, not before it."""
+    average, saver = AveragedWeights(0.5), ModelCheckpoint(tmp_path, save_last=True)
+    trainer = make_trainer(tmp_path, max_steps=5, limit_val_batches=0, enable_checkpointing=True,
+                           callbacks=[Interruption(), KeepSaving(100), SignalAt(2, signal.SIGTERM), average, saver])  # fmt: skip
+    with pytest.raises(Stopped):
+        trainer.fit(tecoa(tiny), datamodule=data)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["averaged_weights"]["steps"] == average.steps == 3
+
+
+def test_last_is_written_every_so_many_steps(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """Steps 2 and 4 of 5, with the average after the step; no validation is needed."""
+    saver = ModelCheckpoint(tmp_path, save_last=True, monitor="val/robust_accuracy")
+    average = AveragedWeights(0.5)
+    trainer = make_trainer(tmp_path, max_steps=5, limit_val_batches=0, enable_checkpointing=True, callbacks=[KeepSaving(2), average, saver])
+    trainer.fit(tecoa(tiny), datamodule=data)
+    last, before = (torch.load(tmp_path / f"last.ckpt{end}", weights_only=True) for end in ("", checkpoint_io.PREVIOUS))
+    assert (last["global_step"], before["global_step"]) == (4, 2) and last["averaged_weights"]["steps"] == 4
+    with pytest.raises(ConfigError, match="every_n_steps"):
+        KeepSaving(0)
+
+
+@pytest.mark.parametrize("place", ["head", "middle"])
+def test_the_one_before_stands_in_for_a_damaged_checkpoint(tmp_path: Path, place: str) -> None:
+    """Cut short, or one byte of a weight changed, which torch would load without a word."""
+    last = tmp_path / "last.ckpt"
+    assert checkpoint_io.newest_whole(last) is None
+    for value in (1.0, 2.0):
+        save(last, value)
+    assert checkpoint_io.newest_whole(last) == last
+    content = bytearray(last.read_bytes())
+    at = content.index(torch.tensor(2.0).numpy().tobytes())
+    last.write_bytes(bytes(content[:300]) if place == "head" else bytes(content[:at] + b"\1" + content[at + 1:]))
+    with pytest.warns(UserWarning, match="last.ckpt is damaged .* the one before it"):
+        assert checkpoint_io.newest_whole(last) == Path(f"{last}{checkpoint_io.PREVIOUS}")
+    Path(f"{last}{checkpoint_io.PREVIOUS}").write_bytes(b"")
+    with pytest.raises(RunError, match="no checkpoint to go on from is whole"):
+        checkpoint_io.newest_whole(last)
+
+
+OLD = """
+    import os, sys
+    from pathlib import Path
+    import torch
+    from aft.errors import RunError
+    from callbacks import AtomicCheckpointIO, RunLock
+    lock, io = RunLock(Path(sys.argv[1])), AtomicCheckpointIO()
+    lock.acquire()
+    io.may_write = lock.still_ours
+    for line in sys.stdin:
+        try:
+            io.save_checkpoint({"value": torch.tensor(float(line))}, Path(sys.argv[1]) / "last.ckpt")
+            print("saved", flush=True)
+        except RunError as error:
+            print(error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("same_job", [True, False])
+def test_a_process_of_an_earlier_start_that_still_lives_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_job: bool) -> None:
+    """The next start of the same job takes the folder over, and the old process is refused at its next save; another job is refused itself."""
+    environment = {**os.environ, "SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "0"}
+    old = subprocess.Popen([sys.executable, "-c", textwrap.dedent(OLD), str(tmp_path)], cwd=ROOT, env=environment, text=True,
+                           stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    assert old.stdin is not None and old.stdout is not None
+
+    def ask(value: str) -> str:
+        old.stdin.write(f"{value}\n")
+        old.stdin.flush()
+        return old.stdout.readline()
+
+    assert ask("1") == "saved\n"
+    monkeypatch.setenv("SLURM_JOB_ID", "12" if same_job else "13")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    lock = RunLock(tmp_path)
+    if same_job:
+        lock.acquire()
+        lock.still_ours()
+        assert "was started again" in ask("2") and read(tmp_path / "last.ckpt") == 1.0
+        with pytest.raises(RunError, match="another process trains"):
+            RunLock(tmp_path).acquire()
+        lock.release()
+    else:
+        with pytest.raises(RunError, match=rf"another process trains in .*\(process {old.pid} on .*, job 12\)"):
+            lock.acquire()
+        assert ask("2") == "saved\n"
+    old.kill()
+    old.wait()

@@ -7,7 +7,6 @@ import http.server
 import io
 import json
 import pickle
-import shutil
 import struct
 import threading
 import zlib
@@ -251,9 +250,8 @@ def test_methods_train_on_shards(make_shards, tmp_path: Path) -> None:
         Shards(classes, holdout=pairs).evaluation_set("holdout")
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads from web servers with curl")
 def test_remote_shards_are_the_local_ones(make_shards) -> None:
-    """Over http: the same batches; a shard that the server does not have is counted as damage."""
+    """Over http: the same batches, also by a forked reader; a shard that the server does not have is counted as damage."""
     folder = make_shards()
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -267,6 +265,8 @@ def test_remote_shards_are_the_local_ones(make_shards) -> None:
         local, remote = (list(Shards(path, batch_size=4, window=8).train_dataloader()) for path in (str(folder), url))
         for one, other in zip(local, remote, strict=True):
             assert torch.equal(one.images, other.images) and torch.equal(one.index, other.index)
+        forked = list(Shards(url, batch_size=4, window=8, num_workers=1).train_dataloader())
+        assert all(torch.equal(one.index, other.index) for one, other in zip(local, forked, strict=True))
         (folder / "shard-00001.tar").unlink()
         loader = Shards(url, batch_size=4, max_bad_share=0.3).train_dataloader()
         with pytest.warns(UserWarning, match="shard-00001.tar/#"):

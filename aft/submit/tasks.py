@@ -1,0 +1,127 @@
+"""One command as the tasks of an array: methods x seeds x whatever else varies, each with a name that becomes its folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from aft.errors import ConfigError, unknown_name
+
+TRAINING = ("fit",)
+MEASURING = ("evaluate", "curve")
+OURS = {  # what the submission decides by itself
+    "fit": ("--trainer.default_root_dir", "--trainer.num_nodes", "--trainer.devices", "--ckpt_path", "--checkpoint.dirpath"),
+    "evaluate": ("--out", "--rank", "--world"),
+    "curve": ("--out", "--rank", "--world"),
+}
+SEED_OPTIONS = ("--seed_everything", "--model.init_args.seed", "--data.init_args.seed")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What runs: ``train.py fit ...`` or ``eval.py evaluate ...``.
+
+    Args:
+        words: subcommand and its options.
+
+    Raises:
+        ConfigError: another subcommand, or an option that the submission sets.
+    """
+
+    words: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        known = (*TRAINING, *MEASURING)
+        if not self.words:
+            raise ConfigError("there is no command: write it after --, such as: python -m aft.submit -- fit -c configs/methods/tecoa.yaml")
+        if self.words[0] not in known:
+            raise ConfigError(unknown_name("command after --", self.words[0], known))
+        for word in self.words:
+            if word.partition("=")[0] in OURS[self.words[0]]:
+                raise ConfigError(f"{word}: aft.submit sets this option itself (folder and processes follow from the job); leave it out.")
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a training."""
+        return self.words[0] in TRAINING
+
+
+@dataclass(frozen=True)
+class Task:
+    """One element of an array: the name of its folder, and the whole command."""
+
+    name: str
+    words: tuple[str, ...]
+
+
+def tasks_of(command: Command, methods: Sequence[str], seeds: Sequence[int], vary: Sequence[str], configs: Path) -> list[Task]:
+    """Every combination; one task without a name when nothing varies.
+
+    Args:
+        command: what all tasks share.
+        methods: names of ``configs/methods/NAME.yaml``, or paths of YAML files; they come first, so that the command's own lie over them.
+        seeds: of everything random.
+        vary: ``KEY=VALUE,VALUE ...``, any option of the command.
+        configs: the folder that holds ``methods``.
+
+    Raises:
+        ConfigError: a method without a file, methods for a measurement, or a ``vary`` that is none.
+    """
+    if methods and not command.trains:
+        raise ConfigError("--methods is for fit; an evaluation varies by --vary, such as --vary weights=a.ckpt,b.ckpt.")
+    axes = [[(name_of(method), ("-c", method_file(method, configs)), ()) for method in methods]] if methods else []
+    if seeds:
+        axes.append([(f"seed{seed}", (), seed_words(command, seed)) for seed in seeds])
+    axes += [[(f"{key.rpartition('.')[2]}{clean(value)}", (), (f"--{key}={value}",)) for value in values] for key, values in map(axis, vary)]
+    tasks = []
+    for chosen in product(*axes):
+        first = [word for _, before, _ in chosen for word in before]
+        last = [word for _, _, after in chosen for word in after]
+        tasks.append(Task("-".join(name for name, _, _ in chosen), (command.words[0], *first, *command.words[1:], *last)))
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two tasks would share a folder: {', '.join(sorted({n for n in names if names.count(n) > 1}))}. Give each value once.")
+    return tasks
+
+
+def axis(text: str) -> tuple[str, list[str]]:
+    """``KEY=A,B`` as key and values.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    key, _, values = text.partition("=")
+    found = [value for value in values.split(",") if value]
+    if not key or not found:
+        raise ConfigError(f"--vary {text}: write KEY=VALUE,VALUE with any option of the command, such as model.init_args.optimizer.lr=1e-5,1e-4")
+    return key.lstrip("-"), found
+
+
+def seed_words(command: Command, seed: int) -> tuple[str, ...]:
+    """The options that make everything random another."""
+    return tuple(f"{option}={seed}" for option in SEED_OPTIONS) if command.trains else (f"--seed={seed}",)
+
+
+def method_file(method: str, configs: Path) -> str:
+    """The YAML of a method.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(method) if method.endswith(".yaml") else configs / "methods" / f"{method}.yaml"
+    if not path.is_file():
+        raise ConfigError(unknown_name("method", method, [p.stem for p in (configs / "methods").glob("*.yaml")]))
+    return str(path.resolve())
+
+
+def name_of(method: str) -> str:
+    """The name of a method in folders."""
+    return clean(Path(method).stem if method.endswith(".yaml") else method)
+
+
+def clean(value: str) -> str:
+    """A value as part of a folder's name: ``4/255`` is ``4-255``."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", value).strip("-")
