@@ -166,8 +166,10 @@ class Main(LightningCLI):
         place = f"{self.trainer.world_size} x {self.trainer.strategy.root_device.type}"
         batch, parts = getattr(self.datamodule, "batch_size", None), self.trainer.accumulate_grad_batches
         if batch is not None:
-            total = batch * self.trainer.world_size * parts
-            print(f"images a step: {batch} x {self.trainer.world_size} processes x {parts} parts = {total}; lr is for these, as it is given")
+            total, spec = batch * self.trainer.world_size * parts, self.model.optimizer_spec
+            scaled = "as it is given" if spec.lr_for is None else f"scaled from {spec.lr:g} for {spec.lr_for} images"
+            several = f"{batch} x {self.trainer.world_size} processes x {parts} parts = {total}"
+            print(f"images a step: {several}; lr {spec.at(total).lr:g}, {scaled}")
         print(
             f"{place}, run folder {self.run_folder}: all settings in config.yaml, curves by tensorboard --logdir {self.run_folder}",
             flush=True,

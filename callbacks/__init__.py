@@ -1,5 +1,6 @@
 """Lightning callbacks and plugins: what a person sees while a run goes on, and what keeps a run safe."""
 
+from callbacks.activations import ActivationCheckpointing
 from callbacks.average import AveragedWeights
 from callbacks.checkpoint_io import AtomicCheckpointIO
 from callbacks.collapse_watch import CollapseWatch
@@ -13,6 +14,7 @@ from callbacks.saving import KeepSaving
 from callbacks.throughput import Throughput
 
 __all__ = [
+    "ActivationCheckpointing",
     "AtomicCheckpointIO",
     "AveragedWeights",
     "CollapseWatch",

@@ -109,7 +109,8 @@ def newest_whole(path: Path) -> Path | None:
     for one, problem in problems.items():
         if problem is None:
             if one != path:
-                warnings.warn(f"checkpoint {path} is {problems.get(path, 'missing')}: going on from {one}, the one before it.", stacklevel=2)
+                why = problems.get(path, "missing")
+                warnings.warn(f"checkpoint {path} is {why}: going on from {one}, the one before it.", stacklevel=2)
             return one
     if problems:
         told = "; ".join(f"{one} ({problem})" for one, problem in problems.items())

@@ -171,9 +171,23 @@ class ClipModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser and a schedule that counts optimiser steps."""
-        optimizer = self.optimizer_spec.build(self.optimised())
-        schedule = self.optimizer_spec.schedule_of(optimizer, lambda: float(self.trainer.estimated_stepping_batches))
+        spec = self.optimizer_at_this_scale()
+        optimizer = spec.build(self.optimised())
+        schedule = spec.schedule_of(optimizer, lambda: float(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def optimizer_at_this_scale(self) -> OptimizerSpec:
+        """With the learning rate for the images that a step of this run has.
+
+        Raises:
+            ConfigError: ``lr_for`` is given, and the data does not say how many images a batch has.
+        """
+        if self.optimizer_spec.lr_for is None:
+            return self.optimizer_spec
+        batch_size = getattr(self.data, "batch_size", None)
+        if batch_size is None:
+            raise ConfigError(f"lr_for = {self.optimizer_spec.lr_for}, but {type(self.data).__name__} has no batch_size: leave it out.")
+        return self.optimizer_spec.at(batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches)
 
     def optimised(self) -> list[tuple[str, nn.Parameter]]:
         """What the optimiser moves: everything that learns."""
@@ -198,7 +212,7 @@ class ClipModule(L.LightningModule):
         self.optimizer_spec.check_length(float(self.trainer.estimated_stepping_batches))
         optimizer, schedule = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
         assert isinstance(schedule, LambdaLR)
-        self.optimizer_spec.impose(optimizer, schedule, self.optimised())
+        self.optimizer_at_this_scale().impose(optimizer, schedule, self.optimised())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the norm of the whole gradient, before any clipping; a gradient that is not finite moves nothing.

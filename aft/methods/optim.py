@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,8 @@ class OptimizerSpec:
         betas: of AdamW.
         warmup_steps: optimiser steps of linear warm-up from ``lr / warmup_steps``.
         schedule: ``cosine``, which reaches zero after the last step, or ``constant``.
+        lr_for: images of an optimiser step, over all processes and accumulated parts, that ``lr`` is meant for; with another number it
+            is scaled in proportion (linear scaling, arXiv 1706.02677), and that is said. None: ``lr`` holds as it is given.
     """
 
     name: Literal["adamw", "sgd", "muon"] = "adamw"
@@ -38,6 +40,7 @@ class OptimizerSpec:
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: int = 0
     schedule: Literal["cosine", "constant"] = "cosine"
+    lr_for: int | None = None
 
     def __post_init__(self) -> None:
         for key, given, allowed in (("name", self.name, ("adamw", "sgd", "muon")), ("schedule", self.schedule, ("cosine", "constant"))):
@@ -47,8 +50,14 @@ class OptimizerSpec:
             raise ConfigError(f"weight_decay = {self.weight_decay} is negative: use 0 for none.")
         if not self.lr > 0:
             raise ConfigError(f"lr = {self.lr} is not above 0: the model would not learn.")
+        if self.lr_for is not None and self.lr_for < 1:
+            raise ConfigError(f"lr_for = {self.lr_for} is below 1: give the images of a step that lr is meant for, or null.")
         if self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps = {self.warmup_steps} is negative: use 0 for none.")
+
+    def at(self, images: int) -> OptimizerSpec:
+        """The same for steps of so many images: ``lr * images / lr_for``."""
+        return self if self.lr_for is None else replace(self, lr=self.lr * images / self.lr_for, lr_for=None)
 
     def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """The optimiser over these parameters.

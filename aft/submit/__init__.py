@@ -1,1 +1,1 @@
-"""Jobs on a SLURM cluster: ``python -m aft.submit --nodes 2 --gpus-per-node 8 -- fit -c configs/methods/tecoa.yaml``; see docs/cluster.md."""
+"""Jobs on a SLURM cluster: ``python -m aft.submit --nodes 2 -- fit -c configs/methods/tecoa.yaml``; see docs/cluster.md."""

@@ -38,7 +38,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """The options before the first ``--``."""
-    made = Parser(prog="python -m aft.submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    as_written = argparse.RawDescriptionHelpFormatter
+    made = Parser(prog="python -m aft.submit", description=__doc__, formatter_class=as_written, allow_abbrev=False)
     made.add_argument("--nodes", type=int, default=1, help="machines (default 1)")
     made.add_argument("--gpus-per-node", type=int, default=1, help="GPUs of each, one process a GPU; 0: CPUs (default 1)")
     made.add_argument("--tasks-per-node", type=int, default=1, help="processes of each node where there are no GPUs (default 1)")

@@ -60,8 +60,8 @@ def probe(request: Request, local: bool) -> Probe:
         command = [request.python(site), request.program(request.command), *request.tasks()[0].words, *PROBING]
         place = [] if request.resources.gpus_per_node else ["--trainer.accelerator", "cpu"]
         before = [] if local else short_job(request, site)
-        done = subprocess.run([*before, *command, *place, "--trainer.default_root_dir", str(folder)], env={**os.environ, **site.environment},
-                              capture_output=True, text=True)  # fmt: skip
+        words = [*before, *command, *place, "--trainer.default_root_dir", str(folder)]
+        done = subprocess.run(words, cwd=request.here, env={**os.environ, **site.environment}, capture_output=True, text=True)
         if done.returncode or not (folder / "probe.json").is_file():
             raise RunError(f"the probe of twenty steps failed:\n{(done.stderr or done.stdout)[-2000:]}")
         return Probe(**json.loads((folder / "probe.json").read_text(encoding="utf-8")))

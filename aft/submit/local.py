@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -49,17 +50,20 @@ def run_here(request: Request, resume: Path | None = None) -> int:
     return worst
 
 
-def commands(request: Request, site: Site, words: tuple[str, ...], run: Path) -> list[list[str]]:
-    """What one task runs: training, then its measurement; or the measurement alone."""
+def commands(request: Request, site: Site, words: tuple[str, ...], run: Path) -> Iterator[list[str]]:
+    """What one task runs: training, then (asked for when that is done) its measurement; or the measurement alone."""
     start, asked = [request.python(site), request.program(request.command), *words], request.resources
     if not request.command.trains:
-        return [[*start, "--out", str(run / "eval")]]
+        yield [*start, "--out", str(run / "eval")]
+        return
     place = [] if asked.gpus_per_node else ["--trainer.accelerator", "cpu"]
-    training = [*start, *place, "--trainer.devices", str(asked.processes), "--trainer.default_root_dir", str(run), "--ckpt_path", "last"]
+    yield [*start, *place, "--trainer.devices", str(asked.processes), "--trainer.default_root_dir", str(run), "--ckpt_path", "last"]
     if request.evaluation is None:
-        return [training]
-    return [training, [request.python(site), request.program(request.evaluation), *request.evaluation.words,
-                       "--models", json.dumps({run.name: {"pretrained": str(run / "checkpoints" / "best.ckpt")}}), "--out", str(run / "eval")]]
+        return
+    best, last = run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"
+    trained = {run.name: {"pretrained": str(last if last.is_file() and not best.is_file() else best)}}
+    yield [request.python(site), request.program(request.evaluation), *request.evaluation.words,
+           "--models", json.dumps(trained), "--out", str(run / "eval")]  # fmt: skip
 
 
 def call(command: list[str], request: Request, site: Site) -> int:

@@ -76,10 +76,10 @@ class Request:
         """The training, or the evaluation where nothing is trained; in a folder that bears its number, or in a given one."""
         tasks = self.tasks()
         number = "%A" if len(tasks) > 1 else "%j"
-        log = "slurm-%a.log" if len(tasks) > 1 else "slurm.log"
+        log = f"{folder or f'{self.out}/{self.name}-{number}'}/{'slurm-%a.log' if len(tasks) > 1 else 'slurm.log'}"
         place = folder or f"{self.out}/{self.name}-{BY_NUMBER}"
         return Job(name=self.name, tasks=tasks, program=self.program(self.command), python=self.python(site), here=str(self.here),
-                   folder=place, site=site, log=f"{folder or f'{self.out}/{self.name}-{number}'}/{log}", resources=self.resources, at_once=self.at_once)  # fmt: skip
+                   folder=place, site=site, log=log, resources=self.resources, at_once=self.at_once)  # fmt: skip
 
     def second_job(self, site: Site, folder: str) -> Job:
         """The evaluation of what was trained: one node, and one process a GPU, each with its share of the images."""
@@ -93,8 +93,9 @@ class Request:
 
     def report(self, site: Site, folder: str) -> str:
         """The script of the table."""
-        return render_report(Job(name=f"{self.name}-report", tasks=self.tasks(), program=str(self.root / "eval.py"), python=self.python(site),
-                                 here=str(self.here), folder=folder, log=f"{folder}/report.log", resources=Resources(), site=site))
+        return render_report(Job(name=f"{self.name}-report", tasks=self.tasks(), program=str(self.root / "eval.py"),
+                                 python=self.python(site), here=str(self.here), folder=folder, log=f"{folder}/report.log",
+                                 resources=Resources(), site=site))  # fmt: skip
 
     @property
     def wants_report(self) -> bool:
@@ -187,8 +188,8 @@ def check_folder(folder: Path, request: Request) -> None:
     before = read_record(folder)
     differ = [key for key, value in request.record({}).items() if key != "jobs" and before.get(key) != value]
     if differ:
-        raise RunError(f"{folder} is the folder of another run ({', '.join(differ)} differ from its {RECORD}): leave --resume out for a new "
-                       "one, or give --resume without a command to go on with that run.")  # fmt: skip
+        raise RunError(f"{folder} is the folder of another run ({', '.join(differ)} differ from its {RECORD}): leave --resume out for a "
+                       "new one, or give --resume without a command to go on with that run.")  # fmt: skip
     active = [job for job in before.get("jobs", {}).values() if slurm.is_active(job)]
     if active:
         raise RunError(f"job {', '.join(active)} of {folder} still waits or runs: let it, or scancel it first.")

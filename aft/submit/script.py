@@ -114,7 +114,8 @@ def render(job: Job) -> str:
 def training_options(asked: Resources) -> str:
     """The options of ``train.py`` that follow from the job."""
     place = "" if asked.gpus_per_node else "--trainer.accelerator cpu "
-    return f'{place}--trainer.num_nodes {asked.nodes} --trainer.devices {asked.processes} --trainer.default_root_dir "$run" --ckpt_path last'
+    place += f"--trainer.num_nodes {asked.nodes} --trainer.devices {asked.processes}"
+    return f'{place} --trainer.default_root_dir "$run" --ckpt_path last'
 
 
 def chosen_task(job: Job) -> list[str]:

@@ -76,7 +76,7 @@ class Resources:
             if value < least:
                 raise ConfigError(f"--{name} {value} is below {least}.")
         if self.gpus_per_node and self.tasks_per_node not in (1, self.gpus_per_node):
-            raise ConfigError(f"--tasks-per-node {self.tasks_per_node} with {self.gpus_per_node} GPUs: each GPU has one process; leave it out.")
+            raise ConfigError(f"--tasks-per-node {self.tasks_per_node} with {self.gpus_per_node} GPUs: each has one process; leave it out.")
         if not TIME.fullmatch(self.time):
             raise ConfigError(f"--time {self.time} is no time: write minutes, HH:MM:SS, or D-HH:MM:SS.")
 

@@ -24,8 +24,9 @@ def try_out(script: str) -> None:
     """
     done = _sbatch(script, ["--test-only"])
     if done.returncode:
-        raise RunError(f"the cluster cannot give this job what it asks for ({_last_line(done.stderr)}); nothing was submitted. See sinfo for "
-                       "partitions and their nodes; --nodes, --gpus-per-node, --time and the site file say what is asked for.")  # fmt: skip
+        why = _last_line(done.stderr)
+        raise RunError(f"the cluster cannot give this job what it asks for ({why}); nothing was submitted. See sinfo for partitions "
+                       "and their nodes; --nodes, --gpus-per-node, --time and the site file say what is asked for.")  # fmt: skip
 
 
 def submit(script: str, more: Sequence[str] = ()) -> str:
@@ -48,7 +49,7 @@ def release(job: str) -> None:
     """
     done = subprocess.run(["scontrol", "release", job], capture_output=True, text=True)
     if done.returncode:
-        raise RunError(f"job {job} is held and could not be released ({_last_line(done.stderr)}): scontrol release {job}, or scancel {job}.")
+        raise RunError(f"job {job} is held and could not be released ({_last_line(done.stderr)}): look at scontrol show job {job}.")
 
 
 def cancel(jobs: Sequence[str]) -> None:

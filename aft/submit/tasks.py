@@ -20,6 +20,10 @@ OURS = {  # what the submission decides by itself
 SEED_OPTIONS = ("--seed_everything", "--model.init_args.seed", "--data.init_args.seed")
 
 
+#: A value on one axis: its part of the folder's name, and the words that it puts before and behind the command's own.
+Choice = tuple[str, tuple[str, ...], tuple[str, ...]]
+
+
 @dataclass(frozen=True)
 class Command:
     """What runs: ``train.py fit ...`` or ``eval.py evaluate ...``.
@@ -72,18 +76,22 @@ def tasks_of(command: Command, methods: Sequence[str], seeds: Sequence[int], var
     """
     if methods and not command.trains:
         raise ConfigError("--methods is for fit; an evaluation varies by --vary, such as --vary weights=a.ckpt,b.ckpt.")
-    axes = [[(name_of(method), ("-c", method_file(method, configs)), ()) for method in methods]] if methods else []
+    axes: list[list[Choice]] = []
+    if methods:
+        axes.append([(name_of(method), ("-c", method_file(method, configs)), ()) for method in methods])
     if seeds:
         axes.append([(f"seed{seed}", (), seed_words(command, seed)) for seed in seeds])
-    axes += [[(f"{key.rpartition('.')[2]}{clean(value)}", (), (f"--{key}={value}",)) for value in values] for key, values in map(axis, vary)]
+    for key, values in map(axis, vary):
+        axes.append([(f"{key.rpartition('.')[2]}{clean(value)}", (), (f"--{key}={value}",)) for value in values])
     tasks = []
     for chosen in product(*axes):
         first = [word for _, before, _ in chosen for word in before]
         last = [word for _, _, after in chosen for word in after]
         tasks.append(Task("-".join(name for name, _, _ in chosen), (command.words[0], *first, *command.words[1:], *last)))
     names = [task.name for task in tasks]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"two tasks would share a folder: {', '.join(sorted({n for n in names if names.count(n) > 1}))}. Give each value once.")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"two tasks would share a folder: {', '.join(twice)}. Give each value once.")
     return tasks
 
 
@@ -96,7 +104,7 @@ def axis(text: str) -> tuple[str, list[str]]:
     key, _, values = text.partition("=")
     found = [value for value in values.split(",") if value]
     if not key or not found:
-        raise ConfigError(f"--vary {text}: write KEY=VALUE,VALUE with any option of the command, such as model.init_args.optimizer.lr=1e-5,1e-4")
+        raise ConfigError(f"--vary {text}: write KEY=VALUE,VALUE with any option of the command, such as seed_everything=0,1.")
     return key.lstrip("-"), found
 
 

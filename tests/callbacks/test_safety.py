@@ -273,7 +273,8 @@ def test_last_is_written_every_so_many_steps(tiny: ModelSpec, data: MemoryData, 
     """Steps 2 and 4 of 5, with the average after the step; no validation is needed."""
     saver = ModelCheckpoint(tmp_path, save_last=True, monitor="val/robust_accuracy")
     average = AveragedWeights(0.5)
-    trainer = make_trainer(tmp_path, max_steps=5, limit_val_batches=0, enable_checkpointing=True, callbacks=[KeepSaving(2), average, saver])
+    trainer = make_trainer(tmp_path, max_steps=5, limit_val_batches=0, enable_checkpointing=True, plugins=[AtomicCheckpointIO()],
+                           callbacks=[KeepSaving(2), average, saver])  # fmt: skip
     trainer.fit(tecoa(tiny), datamodule=data)
     last, before = (torch.load(tmp_path / f"last.ckpt{end}", weights_only=True) for end in ("", checkpoint_io.PREVIOUS))
     assert (last["global_step"], before["global_step"]) == (4, 2) and last["averaged_weights"]["steps"] == 4
@@ -318,8 +319,10 @@ OLD = """
 
 
 @pytest.mark.parametrize("same_job", [True, False])
-def test_a_process_of_an_earlier_start_that_still_lives_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_job: bool) -> None:
-    """The next start of the same job takes the folder over, and the old process is refused at its next save; another job is refused itself."""
+def test_a_process_of_an_earlier_start_that_still_lives_writes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_job: bool
+) -> None:
+    """The next start of the same job takes the folder over, and the old one is refused at its next save; another job is itself refused."""
     environment = {**os.environ, "SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "0"}
     old = subprocess.Popen([sys.executable, "-c", textwrap.dedent(OLD), str(tmp_path)], cwd=ROOT, env=environment, text=True,
                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip

@@ -73,3 +73,15 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_too_many_end_the_run(ti
     with pytest.warns(UserWarning, match="step is skipped"), pytest.raises(RunError, match="10 steps in a row: lower lr"):
         make_trainer(tmp_path, max_steps=20, limit_val_batches=0).fit(method, datamodule=data)
     assert all(torch.equal(p, before[name]) for name, p in method.named_parameters())
+
+
+def test_the_rate_follows_the_images_of_a_step_where_it_is_asked_to(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """8 images x 3 accumulated parts are 3 times the 8 that lr is meant for; without lr_for it holds as it is given."""
+    for lr_for, expected in ((8, 3e-3), (None, 1e-3), (24, 1e-3)):
+        spec = OptimizerSpec(name="sgd", lr=1e-3, schedule="constant", lr_for=lr_for)
+        method = TeCoA(tiny, attack=PGD(eps="8/255", step_size="4/255", steps=1), optimizer=spec)
+        trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0, accumulate_grad_batches=3)
+        trainer.fit(method, datamodule=data)
+        assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(expected)
+    with pytest.raises(ConfigError, match="lr_for = 0 is below 1"):
+        OptimizerSpec(lr_for=0)

@@ -1,4 +1,4 @@
-"""A true SLURM of two nodes, ``n1`` and ``n2``, on this machine: its own key, daemons, ports and folder; nothing of the system's is touched."""
+"""A true SLURM of two nodes, ``n1`` and ``n2``, on this machine: with a key, daemons, ports and a folder of its own."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def test_three_signals_and_an_uninterrupted_run_end_alike(cluster: Cluster, reci
     job, folder = train(cluster, recipe, tmp_path, "--trainer.callbacks.pause=0.3")
     for turn, (first, last) in enumerate([(2, 5), (8, 11), (14, 16)]):
         step = choose.randint(first, last)
-        until(lambda step=step: reached(tmp_path, step), 300, f"in step {step}; {log(folder)}")
+        until(lambda step=step: reached(tmp_path, step), 300, f"in step {step}")
         began = time.monotonic()
         if turn == 1:
             os.kill(pid(tmp_path, 1), signal.SIGTERM)

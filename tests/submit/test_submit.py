@@ -69,7 +69,7 @@ def test_the_script_is_bash_and_asks_for_what_was_asked(capsys: pytest.CaptureFi
 def test_an_evaluation_and_a_table_follow_a_grid(capsys: pytest.CaptureFixture[str]) -> None:
     """Methods x seeds x a setting; each folder is named after what is its own."""
     text = dry(capsys, "--methods", "tecoa,fare", "--seeds", "0,1", "--vary", "model.init_args.attack.init_args.eps=1/255,4/255",
-               "--at-once", "3", "--", "fit", "-c", "configs/data/sample.yaml", "--", "evaluate", "-c", "configs/eval/apgd.yaml")  # fmt: skip
+               "--at-once", "3", "--", "fit", "-c", "configs/data/sample.yaml", "--", "evaluate", "-c", "apgd.yaml")  # fmt: skip
     first, second, third = text.split("#!/bin/bash\n")[1:]
     assert "#SBATCH --array=0-7%3\n" in first and "#SBATCH --array=0-7%3\n" in second and "--array" not in third
     assert "task=fare-seed1-eps4-255;" in first and "--seed_everything=1 --model.init_args.seed=1 --data.init_args.seed=1" in first
@@ -86,7 +86,7 @@ def test_an_evaluation_and_a_table_follow_a_grid(capsys: pytest.CaptureFixture[s
         (["--", "fitt"], "did you mean 'fit'"),
         (["--nodes", "0", *FIT], "--nodes 0 is below 1"),
         (["--gpus-per-node", "-1", *FIT], "--gpus-per-node -1 is below 0"),
-        (["--gpus-per-node", "4", "--tasks-per-node", "2", *FIT], "each GPU has one process"),
+        (["--gpus-per-node", "4", "--tasks-per-node", "2", *FIT], "each has one process"),
         (["--time", "soon", *FIT], "--time soon is no time"),
         (["--seeds", "a", *FIT], "invalid numbers value"),
         (["--name", "bash", *FIT], "Lightning does not see SLURM"),
@@ -141,7 +141,7 @@ def test_no_slurm_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_the_folder_of_another_run_is_refused(entry: Path, tmp_path: Path) -> None:
     """Going on with another command in it; without a command it goes on with its own."""
-    given, request = requested(["--entry", str(entry), "--out", str(tmp_path), "--seeds", "1,2", "--", "fit", "-c", "a.yaml"])
+    _, request = requested(["--entry", str(entry), "--out", str(tmp_path), "--seeds", "1,2", "--", "fit", "-c", "a.yaml"])
     folder = tmp_path / "aft-7"
     folder.mkdir()
     plan.keep(folder, plan.RECORD, json.dumps(request.record({"first": "7"})))
@@ -172,7 +172,8 @@ FAKES = {
     ],
 )
 def test_exit_codes_tell_done_requeue_and_failed(
-    tmp_path: Path, entry: Path, capsys: pytest.CaptureFixture[str], code: int, state: str, nodes: int, restarts: int, end: str, queued: bool
+    tmp_path: Path, entry: Path, capsys: pytest.CaptureFixture[str], code: int, state: str, nodes: int, restarts: int, end: str,
+    queued: bool,
 ) -> None:
     """The script as it is rendered, with stand-ins for SLURM's programs."""
     script = dry(capsys, "--nodes", "2", "--entry", str(entry), "--out", str(tmp_path / "runs"), *FIT)
@@ -194,8 +195,8 @@ def test_the_same_job_runs_without_a_cluster(entry: Path, tmp_path: Path, capfd:
     """--local: every task trains and is measured in a folder of its own, then the table; --resume goes on in it."""
     words = ["--local", "--entry", str(entry), "--out", str(tmp_path / "runs"), "--gpus-per-node", "0", "--seeds", "0,1", "--", "fit",
              "-c", "a.yaml", "--", "evaluate", "--n", "5"]  # fmt: skip
-    assert main(words) == 0 and main(["--local", "--entry", str(entry), "--gpus-per-node", "0", "--resume", str(tmp_path / "runs/aft-local-1")]) == 0
     folder = tmp_path / "runs" / "aft-local-1"
+    assert main(words) == 0 and main(["--local", "--entry", str(entry), "--gpus-per-node", "0", "--resume", str(folder)]) == 0
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["aft-local-1"]
     trained = json.loads((folder / "seed1" / "fit.json").read_text())
     assert trained["variable"] == "3" and trained["words"][-2:] == ["--ckpt_path", "last"] and "--trainer.accelerator" in trained["words"]
@@ -221,7 +222,7 @@ def test_a_local_task_that_fails_is_not_measured(
 
 
 def test_hours_of_a_run_follow_from_its_steps() -> None:
-    """2 s a step, 1,800 steps on one process: one hour; shared by 4 processes the same GPU time, with a fixed number of steps 4 times that."""
+    """2 s a step, 1,800 steps on one process: one hour; shared by 4 processes it is the same GPU time; with the steps given, 4 times."""
     assert Probe(2.0, 15, 64, 1800, fixed=False).hours(4) == 1.0
     assert Probe(2.0, 15, 64, 1800, fixed=True).hours(4) == 4.0
 
