@@ -22,7 +22,7 @@ quickstart: $(STAMP) ## train a small robust CLIP on the sample data and measure
 test: $(STAMP) ## all tests, and the examples in the docstrings of the losses
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
-stress: $(STAMP) ## the tests of kills and of a full disk, ten times each
+stress: $(STAMP) ## the tests of kills and of a full disk, many times each
 	AFT_STRESS=1 $(RUN) -m pytest tests/callbacks/test_safety.py tests/evaluation/test_kill_and_share.py -k "kill or full_disk"
 
 # No `ruff format --check`: formulas are laid out by hand.

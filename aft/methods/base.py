@@ -89,7 +89,6 @@ class AdversarialFineTuning(ClipModule):
         self.needs = all_needs(self.terms.values()) | self.objective_needs
         self.teacher_spec = teacher
         self._teacher: tuple[ZeroShotModel, ...] = ()  # a tuple keeps it out of the optimiser, of DDP and of the checkpoint
-        self._stepped = 0
         self.last_adversarial_BCHW: Tensor | None = None
 
     def setup(self, stage: str) -> None:
@@ -233,11 +232,6 @@ class AdversarialFineTuning(ClipModule):
     def _stepping_themselves(self) -> list[nn.Parameter]:
         return [p for term in self.terms.values() if term.steps_itself and isinstance(term, nn.Module) for p in term.parameters()]
 
-    def on_train_start(self) -> None:
-        """After a resume the steps before it are done: terms that step by themselves wait for the next whole one."""
-        super().on_train_start()
-        self._stepped = self.global_step
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """fp16's gradient scaler takes its factor from the optimiser's parameters alone; here it goes from all others, too."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -250,12 +244,11 @@ class AdversarialFineTuning(ClipModule):
                     parameter.grad = None
         super().on_before_optimizer_step(optimizer)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Lets terms that step by themselves do so, once an optimiser step."""
-        if self.global_step > self._stepped:
-            self._stepped = self.global_step
-            for term in self.terms.values():
-                term.after_step(self.global_step)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimiser's step, then that of terms that step by themselves: before any callback saves this step's checkpoint."""
+        super().optimizer_step(*args, **kwargs)
+        for term in self.terms.values():
+            term.after_step(self.global_step + 1)
 
     @property
     def eps_trained(self) -> float | None:

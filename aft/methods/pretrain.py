@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from aft.batch import Batch
 from aft.methods.learning_from_captions import LearningFromCaptions
 from aft.methods.targets import Targets
 from aft.methods.terms import CaptionContrast, Term
@@ -48,8 +47,8 @@ class ContrastivePretraining(LearningFromCaptions):
         assert captions is not None
         return {**super().live_banks(targets), "captions": lambda: captions.embed(self.model)}
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Keeps the logit scale at 100 or below, as CLIP does."""
-        super().on_train_batch_end(outputs, batch, batch_idx)
+        super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.model.clip.get_parameter("logit_scale").clamp_(max=MAX_LOG_SCALE)

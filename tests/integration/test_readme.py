@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import aft.submit.__main__ as submit_command
 import eval as eval_command
 import train
 from aft.cards import read
@@ -44,6 +45,7 @@ RUN: dict[str, list[str]] = {
 }
 #: How a command begins -> why it is read and not run.
 READ_ONLY = {
+    "python -m aft.submit": "a cluster; tests/slurm has one",
     "make ": "a whole installation, a training, or all tests",
     "python train.py fit -c configs/methods/tecoa.yaml -c configs/data/folder.yaml -c configs/trainer/ddp.yaml": "several GPUs",
     "python eval.py -c configs/eval/apgd.yaml --model ViT-B-32/openai": "a download",
@@ -123,6 +125,9 @@ def test_what_is_dear_is_accepted(command: str, checkout: Path) -> None:
     words = shlex.split(command)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
+        return
+    if words[:3] == ["python", "-m", "aft.submit"]:
+        assert submit_command.main(["--dry-run", *words[3:]]) == 0
         return
     with pytest.raises(SystemExit) as done:
         main_of(words)([*words[2:], "--print_config"])

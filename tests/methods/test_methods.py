@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from safetensors.torch import save_file
 from torch.nn import functional
@@ -23,6 +24,7 @@ from aft.methods import AGFT, FARE, LORE, PMGAFT, SAFT, TGAZSR, TRADES, AdvFLYP,
 from aft.methods.distillation import CleanConsistency, TeacherDistillation
 from aft.methods.lore import CleanConstraint
 from aft.methods.tga_zsr import AttentionRefinement
+from datamodules import Sample
 from tests.conftest import TINY, MemoryData, make_trainer
 from tests.methods.recipes import build
 from tests.methods.test_all_methods import opened, ready
@@ -120,6 +122,24 @@ def test_lores_multiplier_rises_while_the_constraint_is_violated(dual: str, tiny
     assert all(later > earlier for earlier, later in pairwise(rising))
     assert all(later < earlier for earlier, later in pairwise(falling)) and min(falling) > 0
     assert rare[0] == rare[1] == rare[2] < rare[3] == rare[4] == rare[5]
+
+
+def test_lores_multiplier_of_a_resumed_run_lacks_no_step(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """A callback's checkpoint of a step holds the multiplier after it: stopped after one step and resumed, it is to the bit the same."""
+
+    def run(folder: str, stops: list[int]) -> dict[str, torch.Tensor]:
+        checkpoint = None
+        for stop in stops:
+            method = build("lore", tiny, terms={"clean_constraint": {"dual": "scalar", "rho": 0.01, "every": 1, "lr": 0.05}})
+            saver = ModelCheckpoint(tmp_path / folder, filename=str(stop), every_n_train_steps=stop)
+            trainer = make_trainer(tmp_path, max_steps=stop, limit_val_batches=0, enable_checkpointing=True, callbacks=[saver])
+            trainer.fit(method, datamodule=Sample(batch_size=16, holdout=0, augment="none"), ckpt_path=checkpoint)
+            checkpoint = str(tmp_path / folder / f"{stop}.ckpt")
+        return {name: p.detach() for name, p in method.named_parameters() if p.requires_grad}
+
+    whole, parts = run("whole", [2]), run("parts", [1, 2])
+    assert any("clean_constraint" in name for name in whole)
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
 
 
 def test_lores_multiplier_is_saved_and_outside_the_towers_optimiser(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:

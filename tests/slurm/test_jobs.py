@@ -172,7 +172,8 @@ def test_methods_and_seeds_then_their_evaluation_then_one_table(cluster: Cluster
                          "--methods", "tecoa,fare", "--seeds", "0,1", "--", "fit", "-c", tmp_path / "small.yaml", "--",
                          "evaluate", "--data", "datamodules.Sample", "--protocols", "[clean]", "--n", 20, "--device", "cpu")  # fmt: skip
     jobs = json.loads((folder / "job.json").read_text())["jobs"]
-    assert jobs["first"] == job and cluster.wait(jobs["report"], 900) == "COMPLETED", [p.read_text() for p in folder.glob("*.log")]
+    ended = cluster.wait(jobs["report"], 900)
+    assert jobs["first"] == job and ended == "COMPLETED", "\n".join(path.read_text() for path in sorted(folder.glob("*.log")))
     names = ["tecoa-seed0", "tecoa-seed1", "fare-seed0", "fare-seed1"]
     assert all((folder / name / "checkpoints" / "last.ckpt").is_file() for name in names)
     table = (folder / "report.log").read_text()
