@@ -36,6 +36,9 @@ HIDDEN = (  # Lightning's tips, and warnings of what is meant so here
     ".*does not have many workers",
     ".*no last checkpoint available",
     ".*in eval mode at the start",
+    "Total length of `list` across ranks is zero",  # no held-out images
+    "`broadcast_buffers` is deprecated",
+    "Checkpoint directory .* exists and is not empty",  # a run that goes on
 )
 
 

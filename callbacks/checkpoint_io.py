@@ -52,7 +52,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise
         except (OSError, RuntimeError) as error:
             kept = " The one that was there before is whole." if target.exists() else ""
-            raise RunError(f"checkpoint {target} could not be written ({error}): make room, then --ckpt_path last.{kept}") from error
+            remedy = f"make room or make it writable, then --ckpt_path last.{kept}"
+            raise RunError(f"checkpoint {target} could not be written ({error}): {remedy}") from error
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)

@@ -113,6 +113,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     assert read(tmp_path / "last.ckpt") == 1.0 and [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """As on a disk that has become read-only: one sentence with the file's name, no traceback of the system's."""
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(RunError, match=r"checkpoint .*last.ckpt could not be written .*: make room or make it writable"):
+        save(tmp_path / "checkpoints" / "last.ckpt", 1.0)
+
+
 def other_file_system(folder: Path) -> Path:
     """A folder for temporary files that is on another file system, where there is one: a move from there is a copy."""
     candidates = [path for path in (Path("/dev/shm"), Path("/run/shm")) if os.access(path, os.W_OK)]
