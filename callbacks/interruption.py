@@ -100,7 +100,8 @@ class Interruption(L.Callback):
 
 
 def flush(trainer: L.Trainer) -> None:
-    """Writes what the loggers hold back: a scheduler may end the process before they do so."""
+    """Logs the step that has just ended, which Lightning does after the callbacks, and writes what the loggers hold back."""
+    trainer._logger_connector.update_train_step_metrics()
     for logger in trainer.loggers if trainer.is_global_zero else ():
         write = getattr(getattr(logger, "experiment", None), "flush", None)
         if write is not None:

@@ -16,6 +16,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 
 from aft.attacks import PGD
 from aft.clip import ModelSpec, load_model
@@ -239,6 +240,37 @@ def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
     """Named with its value."""
     with pytest.raises(ConfigError, match="decay"):
         AveragedWeights(decay)
+
+
+class Logged(Logger):
+    """Keeps the steps under which the loss came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+
+    name, version = "logged", 0
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """One entry."""
+        if "train/loss" in metrics and step is not None:
+            self.steps.append(step)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing."""
+
+
+def test_the_curve_of_a_stopped_and_resumed_run_lacks_no_step(tiny: ModelSpec, tmp_path: Path) -> None:
+    """Lightning logs a step after the callbacks, in one of which the run ends."""
+    logged, saver = Logged(), ModelCheckpoint(tmp_path, save_last=True)
+    settings = {"max_steps": 5, "limit_val_batches": 0, "enable_checkpointing": True, "logger": logged, "log_every_n_steps": 1}
+    trainer = make_trainer(tmp_path, callbacks=[SignalAt(2, signal.SIGTERM), Interruption(), saver], **settings)
+    with pytest.raises(Stopped):
+        trainer.fit(tecoa(tiny), datamodule=Sample(batch_size=16, holdout=0))
+    assert logged.steps == [0, 1, 2]
+    again = make_trainer(tmp_path, callbacks=[Interruption()], **settings)
+    again.fit(tecoa(tiny), datamodule=Sample(batch_size=16, holdout=0), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert logged.steps == [0, 1, 2, 3, 4]
 
 
 class SignalToAllAt(SignalAt):

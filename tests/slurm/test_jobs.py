@@ -161,12 +161,12 @@ def test_a_lost_node_costs_nothing_but_time(cluster: Cluster, recipe: Path, whol
     check_each_sample_once(tmp_path)
 
 
-def test_methods_and_seeds_then_their_evaluation_then_one_table(cluster: Cluster, recipe: Path, tmp_path: Path, tiny_folder: Path) -> None:
+def test_methods_and_seeds_then_their_evaluation_then_one_table(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
     """One command: an array of trainings, each task's evaluation after it, and a table over all of them."""
     small = yaml.safe_load((recipe / "tiny.yaml").read_text())
     del small["model"]["class_path"], small["model"]["init_args"]["attack"], small["model"]["init_args"]["optimizer"]
-    small["trainer"]["max_steps"] = 1
-    small["trainer"]["max_epochs"] = -1
+    small["model"]["init_args"]["clip"] = {"name": "miniclip32", "pretrained": None}
+    small["data"]["init_args"]["batch_size"], small["trainer"]["max_steps"] = 2, 1
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
     job, folder = submit(cluster, "--gpus-per-node", 0, "--time", 10, "--out", tmp_path, "--site", recipe / "site.yaml", "--name", "grid",
                          "--methods", "tecoa,fare", "--seeds", "0,1", "--", "fit", "-c", tmp_path / "small.yaml", "--",
