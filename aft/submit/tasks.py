@@ -87,7 +87,7 @@ def tasks_of(command: Command, methods: Sequence[str], seeds: Sequence[int], var
     for chosen in product(*axes):
         first = [word for _, before, _ in chosen for word in before]
         last = [word for _, _, after in chosen for word in after]
-        tasks.append(Task("-".join(name for name, _, _ in chosen), (command.words[0], *first, *command.words[1:], *last)))
+        tasks.append(Task("_".join(name for name, _, _ in chosen), (command.words[0], *first, *command.words[1:], *last)))
     names = [task.name for task in tasks]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -131,5 +131,5 @@ def name_of(method: str) -> str:
 
 
 def clean(value: str) -> str:
-    """A value as part of a folder's name: ``4/255`` is ``4-255``."""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", value).strip("-")
+    """A value as part of a folder's name, which is also its name in tables: ``4/255`` is ``4_255``."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", value).strip("_")

@@ -174,7 +174,7 @@ def test_methods_and_seeds_then_their_evaluation_then_one_table(cluster: Cluster
     jobs = json.loads((folder / "job.json").read_text())["jobs"]
     ended = cluster.wait(jobs["report"], 900)
     assert jobs["first"] == job and ended == "COMPLETED", "\n".join(path.read_text() for path in sorted(folder.glob("*.log")))
-    names = ["tecoa-seed0", "tecoa-seed1", "fare-seed0", "fare-seed1"]
+    names = ["tecoa_seed0", "tecoa_seed1", "fare_seed0", "fare_seed1"]
     assert all((folder / name / "checkpoints" / "last.ckpt").is_file() for name in names)
     table = (folder / "report.log").read_text()
     assert all(name in table for name in names) and (folder / "table.csv").is_file()

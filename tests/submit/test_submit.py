@@ -72,7 +72,7 @@ def test_an_evaluation_and_a_table_follow_a_grid(capsys: pytest.CaptureFixture[s
                "--at-once", "3", "--", "fit", "-c", "configs/data/sample.yaml", "--", "evaluate", "-c", "apgd.yaml")  # fmt: skip
     first, second, third = text.split("#!/bin/bash\n")[1:]
     assert "#SBATCH --array=0-7%3\n" in first and "#SBATCH --array=0-7%3\n" in second and "--array" not in third
-    assert "task=fare-seed1-eps4-255;" in first and "--seed_everything=1 --model.init_args.seed=1 --data.init_args.seed=1" in first
+    assert "task=fare_seed1_eps4_255;" in first and "--seed_everything=1 --model.init_args.seed=1 --data.init_args.seed=1" in first
     assert "checkpoints/best.ckpt" in second and third.count("/eval/cards") == 8
     for script in (first, second, third):
         assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
