@@ -59,6 +59,7 @@ def facts_of(model: ZeroShotModel, kind: str, **more: Any) -> dict[str, Any]:
     own configuration.
     """
     record = {key: value for key, value in asdict(model.record).items() if key not in ("config", "sha256", "layout")}
+    record["logit_scale"] = float(model.logit_scale.detach())
     versions = {"aft": aft.__version__, "torch": torch.__version__, "open_clip_torch": open_clip.__version__}
     return {"schema": SCHEMA, "format": kind, "model": record, "source_sha256": model.record.sha256, **more, "versions": versions}
 

@@ -93,7 +93,7 @@ def test_it_loads_elsewhere_and_says_the_same_or_is_refused(kind: str, tower: st
         return
     if kind == "openai":  # clip.load rounds to fp16 itself: weights that fp16 holds exactly
         model.clip.load_state_dict({key: value.half().float() for key, value in model.clip.state_dict().items()})
-    model.record = replace(model.record, method="tecoa", eps_trained=2 / 255)
+    model.record = replace(model.record, method="tecoa", eps_trained=2 / 255, logit_scale=float(model.logit_scale))
     images = images_of(model)
     before = logits_of(model, images, TEXTS)
     export(model, kind, out)
