@@ -88,8 +88,22 @@ def test_a_stale_checkpoint_of_a_cluster_job_is_refused(config: Path, tmp_path: 
     stale.write_bytes(b"")
     with pytest.raises(RunError, match=r"hpc_ckpt_3.ckpt is in the run folder"):
         fit(config)
+    with pytest.raises(RunError, match=r"hpc_ckpt_3.ckpt is in the run folder"):
+        train.main(["validate", "-c", str(config), *SMALL])
     stale.unlink()
     fit(config)
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(config: Path, tmp_path: Path) -> None:
+    """``--ckpt_path last`` goes on from it, and says so."""
+    fit(config)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    content = last.read_bytes()
+    assert torch.load(f"{last}.previous", weights_only=True)["global_step"] == 1
+    last.write_bytes(content[: len(content) // 2])
+    with pytest.warns(UserWarning, match="last.ckpt is damaged .* going on from .*last.ckpt.previous"):
+        again = fit(config, "--ckpt_path=last", "--trainer.max_steps=3")
+    assert again.trainer.global_step == 3 and torch.load(last, weights_only=True)["global_step"] == 3
 
 
 @pytest.mark.parametrize(

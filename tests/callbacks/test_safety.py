@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -271,29 +270,6 @@ def test_the_curve_of_a_stopped_and_resumed_run_lacks_no_step(tiny: ModelSpec, t
     again = make_trainer(tmp_path, callbacks=[Interruption()], **settings)
     again.fit(tecoa(tiny), datamodule=Sample(batch_size=16, holdout=0), ckpt_path=str(tmp_path / "last.ckpt"))
     assert logged.steps == [0, 1, 2, 3, 4]
-
-
-class SignalToAllAt(SignalAt):
-    """Sends it to the loader's processes, too, as SLURM does."""
-
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        """Children first."""
-        if trainer.global_step == self.step:
-            for child in multiprocessing.active_children():
-                os.kill(int(child.pid or 0), self.signums[0])
-            time.sleep(0.5)
-        super().on_train_batch_start(trainer, *args)
-
-
-def test_a_signal_to_every_process_of_a_step_leaves_the_loader_alive(tiny: ModelSpec, tmp_path: Path) -> None:
-    """A loader's process that died of it would end the step in an error, before the checkpoint."""
-    saver = ModelCheckpoint(tmp_path, save_last=True)
-    trainer = make_trainer(tmp_path, max_steps=5, limit_val_batches=0, enable_checkpointing=True,
-                           callbacks=[SignalToAllAt(1, signal.SIGTERM), Interruption(), saver])  # fmt: skip
-    sample = Sample(batch_size=16, holdout=0, train_classes=["cat", "dog"], num_workers=1)
-    with pytest.raises(Stopped):
-        trainer.fit(tecoa(tiny), datamodule=sample)
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
 def test_schedulers_that_repeat_a_signal_do_not_cost_the_checkpoint(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:

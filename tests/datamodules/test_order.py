@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 
 import lightning
@@ -138,6 +142,18 @@ def test_resume_continues_where_it_stopped(make_folder, tmp_path: Path, workers:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_the_loaders_process_does_not_end_it(make_folder, signum: int) -> None:
+    """SLURM signals every process of a step; one that died would end the step in an error, before the checkpoint."""
+    loader = ImageFolder(str(make_folder(per_class=8)), batch_size=2, num_workers=1).train_dataloader()
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(int(worker.pid or 0), signum)
+    time.sleep(0.2)
+    assert worker.is_alive() and 1 + len(list(batches)) == len(loader)
+
+
 def test_resume_after_a_limited_epoch_begins_the_next(make_folder, tmp_path: Path) -> None:
     """With limit_train_batches the loader is left half drawn; the next epoch begins at its first batch all the same, also resumed."""
     folder = str(make_folder(per_class=6))
