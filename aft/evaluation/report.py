@@ -28,6 +28,8 @@ CSV_COLUMNS = (
     "chance", "largest_class_share", "verdict", "failed_checks", "external", "cell", "created",
     *defended_report.CSV_COLUMNS,
 )  # fmt: skip
+#: Protocols that fit beside each other in a terminal of 80 columns.
+MOST_COLUMNS = 3
 VERDICT_ORDER = ("suspect", "unchecked", "reliable")
 
 
@@ -78,19 +80,21 @@ def rows_of(labelled: Sequence[Labelled]) -> list[list[Labelled]]:
 
 def table(labelled: Sequence[Labelled]) -> Table:
     """One row for each model, data set, label space and radius; one column of robust accuracy for each protocol, or, for the protocol
-    ``corruptions``, of mean corruption accuracy.
+    ``corruptions``, of mean corruption accuracy. More protocols than fit beside each other have rows of their own.
 
     There is a column of n where rows differ in it; else it stands beneath.
     """
     protocols = list(dict.fromkeys(printed(card["protocol"]) for _, card in labelled if card["protocol"]["name"] != "clean"))
+    down = len(protocols) > MOST_COLUMNS
+    columns = ["robust"] if down else protocols
     sheet = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    for name in ("model", "data"):
+    for name in ("model", "data", *(["protocol"] if down else [])):
         sheet.add_column(name, overflow="fold")
-    for name in ("eps", *_n_column(labelled), "clean %", *(f"{name} %" for name in protocols), "top"):
+    for name in ("eps", *_n_column(labelled), "clean %", *(f"{name} %" for name in columns), "top"):
         sheet.add_column(name, justify="right", no_wrap=True)
     sheet.add_column("verdict", no_wrap=True)
-    for row in rows_of(labelled):
-        sheet.add_row(*_table_cells(row, protocols, bool(_n_column(labelled))))
+    for row in [[one] for one in labelled] if down else rows_of(labelled):
+        sheet.add_row(*_table_cells(row, None if down else protocols, bool(_n_column(labelled))))
     return sheet
 
 
@@ -98,7 +102,8 @@ def _n_column(labelled: Sequence[Labelled]) -> list[str]:
     return ["n"] if len({card["data"]["n"] for _, card in labelled}) > 1 else []
 
 
-def _table_cells(row: list[Labelled], protocols: Sequence[str], with_n: bool) -> list[str]:
+def _table_cells(row: list[Labelled], protocols: Sequence[str] | None, with_n: bool) -> list[str]:
+    """Of a row with a column for each protocol; without any, of a row that is one protocol's."""
     label, card = row[0]
     robust = {printed(one["protocol"]): _robust_text(one) for _, one in row}
     clean = percent(card["clean_accuracy"], card["standard_error"]["clean"])
@@ -106,9 +111,10 @@ def _table_cells(row: list[Labelled], protocols: Sequence[str], with_n: bool) ->
     failed = sorted({check for _, one in row for check in one["verdict"]["failed_checks"]})
     verdict = min((one["verdict"]["status"] for _, one in row), key=VERDICT_ORDER.index)
     verdict += f"\n{' '.join(failed)}" if failed else ""
-    robusts = [robust.get(name, "-") for name in protocols]
+    own = printed(card["protocol"])
+    robusts = [robust.get(name, "-") for name in ([own] if protocols is None else protocols)]
     n = [str(card["data"]["n"])] if with_n else []
-    return [label, data_text(card), eps_text(card), *n, clean, *robusts, share, verdict]
+    return [label, data_text(card), *([own] if protocols is None else []), eps_text(card), *n, clean, *robusts, share, verdict]
 
 
 def _robust_text(card: Card) -> str:

@@ -74,6 +74,16 @@ def test_a_usual_table_has_a_line_a_row_and_n_beneath_or_beside(labelled):
     assert "in each row" not in printed(labelled) and "  n  " in printed(labelled).splitlines()[0]
 
 
+def test_many_protocols_have_rows_of_their_own(labelled):
+    """So that five of them can be read at 80 columns: each line has its protocol, its radius and one robust figure, none cut short."""
+    names = ("pgd", "apgd", "strict", "autoattack_standard", "tecoa")
+    many = [("m", {**labelled[0][1], "protocol": {"name": name, "fidelity": "like" if name == "tecoa" else "exact"}}) for name in names]
+    text = printed(many, width=80)
+    lines = [line for line in text.splitlines() if line.startswith("m ")]
+    assert len(lines) == 5 and all(line.count("±") == 2 for line in lines) and "tecoa-like" in lines[4]
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+
+
 def test_a_row_shows_the_worst_verdict_and_share_of_its_cards(labelled):
     """One suspect card is enough."""
     doubtful = {**labelled[0][1], "verdict": {"status": "suspect", "failed_checks": ["E2"]}, "largest_class_share": 0.99}
