@@ -82,6 +82,9 @@ def check_graph(model: ZeroShotModel, classes: Collection[str]) -> None:
             raise ConfigError(f"the {name} stage is random: a graph has no counted noise, and with other noise the figures would not hold.")
         if stage.batch_coupled:
             raise ConfigError(f"in the {name} stage an image's result depends on its neighbours: a graph would answer by its batch.")
+    if model.backwards_per_image and model.defense is not None:
+        raise ConfigError(f"{model.defense['name']} takes gradients of the image tower in its forward: a graph has none; export the "
+                          "undefended model.")  # fmt: skip
 
 
 def _refuse_settings(config: Mapping[str, Any], vision: Collection[str], text: Collection[str] | None, layout: str) -> None:

@@ -51,6 +51,13 @@ def test_random_and_coupled_defences_are_refused(make: Make, tmp_path: Path) -> 
     assert {"noise", "ttc", "clipure_cos_release"} <= found and not found & set(HELD) and not list(tmp_path.glob("*out*"))
 
 
+def test_a_defence_that_takes_gradients_is_refused(make: Make, tmp_path: Path) -> None:
+    """Anti-adversary is neither random nor coupled; tracing it would fail deep inside torch, or freeze one image's gradient."""
+    with pytest.raises(ConfigError, match="anti_adversary takes gradients"):
+        export(defend(make("vit"), "anti_adversary"), "torch_export", tmp_path / "out", head=HEAD)
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_the_command_takes_a_defence_and_its_settings(tmp_path: Path) -> None:
     """As a name and JSON; what is no JSON object is said before anything is read or written."""
     given = parser().parse_args(["tiny", "--format", "onnx", "--out", "x", "--defense", "low_pass", "--settings", '{"sigma": 1.5}'])
