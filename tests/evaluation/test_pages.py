@@ -261,6 +261,17 @@ def test_two_cards_of_one_place_that_differ_in_attack_are_both_shown(tmp_path):
     assert sorted(sorted(number.share for number in row.robust["2/255"]) for row in group.rows) == [[0.25, 0.26], [0.27]]
 
 
+def test_the_radii_of_one_attack_are_one_row(tmp_path):
+    """PGD's step is a share of its radius: it must not split the row."""
+    for eps, step_size in ((1 / 255, 0.0005), (2 / 255, 0.001)):
+        card = made_up(eps=eps, protocol="pgd")
+        card["attacks"][0]["step_size"] = step_size
+        stored(tmp_path, "m", card)
+    (group,) = groups_of(collect([tmp_path]).labelled)
+    (row,) = group.rows
+    assert set(row.robust) == {"1/255", "2/255"}
+
+
 def test_published_figures_have_protocol_and_source_and_are_set_apart():
     """Every table of others says tower, attack, pixels, images, source; what docs/methods.md tells of them is among them."""
     told = build.literature()

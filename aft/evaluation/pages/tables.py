@@ -207,7 +207,8 @@ def _group(title: str, found: Sequence[Labelled], left_out: Sequence[str]) -> Gr
 
 
 def _row_key(label: str, card: Card) -> str:
-    attacks = [{name: value for name, value in attack.items() if name != "n"} for attack in card["attacks"]]
+    # A step size goes with its radius, so the radii of one attack are one row; other steps are another row.
+    attacks = [{name: value for name, value in attack.items() if name not in ("n", "step_size")} for attack in card["attacks"]]
     side = card["threat"] and card["threat"]["resolution"]
     return digest([label, card["model"]["sha256"], method_of(card), card["data"], card["protocol"], attacks, side])
 
