@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from aft.attacks import APGD, PGD, APGDTargeted, Square
-from aft.attacks.objectives import CLASSES_NEEDED, LossName
+from aft.attacks import APGD, PGD, Square
+from aft.attacks.objectives import LossName
 from aft.attacks.sight import gated, opaque
 from aft.clip.stages import Stages
 from aft.errors import ConfigError
-from aft.evaluation.planned import Budget, Planned
+from aft.evaluation.planned import Budget, Planned, apgd
 
 Way = Literal["transfer", "bpda", "through", "gate", "queries"]
 
@@ -83,15 +83,11 @@ PLANS: dict[str, Plan] = {"oblivious": SMALL, "adaptive_small": SMALL, "adaptive
 
 def transfer(budget: Budget) -> tuple[Informed, ...]:
     """A: APGD on cross-entropy, then targeted APGD, on the undefended model. They go on after success: surer images carry over better."""
-    untargeted = APGD(eps=budget.eps, norm=budget.norm, steps=budget.steps, drop_broken=False)
-    plans = (Informed("a_apgd_ce", "ce", untargeted),)
-    if budget.classes < 3:
-        return plans
-    if budget.classes < CLASSES_NEEDED["dlr_targeted"]:
-        return (*plans, Informed("a_apgd_margin", "margin", untargeted))
-    targets = min(budget.targets, budget.classes - 1)
-    targeted = APGDTargeted(eps=budget.eps, norm=budget.norm, steps=budget.steps, targets=targets, drop_broken=False)
-    return (*plans, Informed("a_apgd_t", "dlr_targeted", targeted, targets))
+    def going_on(one: Planned) -> Informed:
+        """The same attack, which does not stop where it has broken an image."""
+        return Informed(f"a_{one.name}", one.loss, replace(one.attack, drop_broken=False), one.targets)  # type: ignore[type-var]
+
+    return tuple(going_on(one) for one in apgd(budget))
 
 
 def pgd(budget: Budget) -> PGD:

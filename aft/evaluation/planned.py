@@ -1,12 +1,13 @@
-"""What a protocol may spend, and one attack of it."""
+"""What a protocol may spend, one attack of it, and the pair of attacks that several protocols share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from aft.attacks import APGD, APGDTargeted
 from aft.attacks.base import Attack
-from aft.attacks.objectives import LossName
+from aft.attacks.objectives import CLASSES_NEEDED, LossName
 from aft.attacks.threat_model import Norm
 
 
@@ -59,3 +60,20 @@ class Planned:
             "restarts": told.get("restarts", 1), "keep": told.get("keep", "best"), "eot": told.get("eot", 1), "target": self.targets,
             "n": self.limit(n),
         }  # fmt: skip
+
+
+def apgd(budget: Budget) -> tuple[Planned, ...]:
+    """APGD on cross-entropy, then targeted APGD on the targeted DLR loss.
+
+    Targeted DLR needs 4 classes: with 3, APGD on the margin (``apgd_margin``) takes its place; with 2, where there is one wrong class
+    and cross-entropy is a function of the margin, nothing does.
+    """
+    untargeted = APGD(eps=budget.eps, norm=budget.norm, steps=budget.steps)
+    plans = (Planned("apgd_ce", "ce", untargeted),)
+    if budget.classes < 3:
+        return plans
+    if budget.classes < CLASSES_NEEDED["dlr_targeted"]:
+        return (*plans, Planned("apgd_margin", "margin", untargeted))
+    targets = min(budget.targets, budget.classes - 1)
+    targeted = APGDTargeted(eps=budget.eps, norm=budget.norm, steps=budget.steps, targets=targets)
+    return (*plans, Planned("apgd_t", "dlr_targeted", targeted, targets))

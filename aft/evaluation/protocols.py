@@ -10,14 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from aft.attacks import APGD, PGD, APGDTargeted, FABTargeted, Square, StockAttack
+from aft.attacks import PGD, FABTargeted, Square, StockAttack
 from aft.attacks.autoattack import StockName
-from aft.attacks.objectives import CLASSES_NEEDED
 from aft.attacks.threat_model import Norm, pixel_fraction
 from aft.errors import ConfigError, unknown_name
 from aft.evaluation.adaptive import DEFENDED, PLANS, Plan
 from aft.evaluation.corruptions import Corruptions
-from aft.evaluation.planned import Budget, Planned
+from aft.evaluation.planned import Budget, Planned, apgd
 from aft.evaluation.published import PUBLISHED, Published, Space
 
 #: Step size of the evaluation's PGD as a share of eps, times the number of steps: the walk can cross the ball (arXiv 1706.06083).
@@ -60,23 +59,6 @@ def pgd(budget: Budget) -> tuple[Planned, ...]:
     """PGD on cross-entropy from a random start; the best iterate counts."""
     attack = PGD(eps=budget.eps, norm=budget.norm, steps=budget.steps, relative_step_size=PGD_REACH / budget.steps, keep="best")
     return (Planned(f"pgd{budget.steps}", "ce", attack),)
-
-
-def apgd(budget: Budget) -> tuple[Planned, ...]:
-    """APGD on cross-entropy, then targeted APGD on the targeted DLR loss.
-
-    Targeted DLR needs 4 classes: with 3, APGD on the margin (``apgd_margin``) takes its place; with 2, where there is one wrong class
-    and cross-entropy is a function of the margin, nothing does.
-    """
-    untargeted = APGD(eps=budget.eps, norm=budget.norm, steps=budget.steps)
-    plans = (Planned("apgd_ce", "ce", untargeted),)
-    if budget.classes < 3:
-        return plans
-    if budget.classes < CLASSES_NEEDED["dlr_targeted"]:
-        return (*plans, Planned("apgd_margin", "margin", untargeted))
-    targets = min(budget.targets, budget.classes - 1)
-    targeted = APGDTargeted(eps=budget.eps, norm=budget.norm, steps=budget.steps, targets=targets)
-    return (*plans, Planned("apgd_t", "dlr_targeted", targeted, targets))
 
 
 def strict(budget: Budget) -> tuple[Planned, ...]:
