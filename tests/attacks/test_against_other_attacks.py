@@ -104,7 +104,7 @@ def test_stock_attacks_are_autoattacks(classifier, many, objective_of, norm):
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_pgd_is_as_strong_as_foolboxs(classifier, many, objective_of, record_property, norm):
     """PGD, 10 steps of eps / 4 from a random start, last iterate, against foolbox's LinfPGD, L2PGD and SparseL1Descent (SLIDE)."""
-    foolbox = pytest.importorskip("foolbox", reason="a reference for PGD")
+    foolbox = pytest.importorskip("foolbox", reason="an outside PGD, of the extra test, is not installed")
     images, labels, keys = many
     ours = PGD(eps=EPS[norm], norm=norm, relative_step_size=0.25, steps=10)(objective_of(classifier, labels), images, keys).x_BCHW
     kinds = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD, "l1": foolbox.attacks.SparseL1DescentAttack}
@@ -118,7 +118,7 @@ def test_pgd_is_as_strong_as_foolboxs(classifier, many, objective_of, record_pro
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_pgd_is_torchattacks_pgd(classifier, many, objective_of, record_property, norm):
     """Without a random start (torchattacks draws L2 starts nearer the centre) both walk one path: at most 0.5 % of verdicts differ."""
-    torchattacks = pytest.importorskip("torchattacks", reason="a reference for PGD")
+    torchattacks = pytest.importorskip("torchattacks", reason="an outside PGD, not installed here: pip install torchattacks")
     images, labels, keys = many
     attack = PGD(eps=EPS[norm], norm=norm, relative_step_size=0.25, steps=10, random_start=False)
     ours = attack(objective_of(classifier, labels), images, keys).x_BCHW
