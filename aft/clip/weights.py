@@ -151,6 +151,11 @@ def _random(spec: ModelSpec) -> ZeroShotModel:
 
 
 def _from_tag(spec: ModelSpec) -> ZeroShotModel:
+    if spec.name in {**EMBEDDED, **ENLARGED}:
+        raise WeightsError(
+            f"{spec.name} has no tags, and there is no file {spec.pretrained!r}: give a weights file or a folder, 'random', or for the "
+            "embedded weights null"
+        )
     architecture = describe(spec.name, spec.pretrained)
     quick_gelu = bool(architecture.config.get("quick_gelu"))
     try:
