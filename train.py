@@ -7,8 +7,10 @@ command line wins over all of them and over what a checkpoint says.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,12 @@ HIDDEN = (  # Lightning's tips, and warnings of what is meant so here
 
 
 class Parser(LightningArgumentParser):
-    """Says near matches where a name is not known."""
+    """Says near matches where a name is not known; null stays null."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:  # type: ignore[override]
+        """As ever, but jsonargparse hands a null on to the settings of a class as the text ``None``: it is null again here."""
+        words = None if args is None else [re.sub(r"\A(--[\w.]+=)None\Z", r"\1null", word) for word in args]
+        return super().parse_args(words, *more, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Raises instead of printing a usage page."""

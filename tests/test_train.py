@@ -129,6 +129,15 @@ def test_bad_arguments_are_named(config: Path, arguments: list[str], words: str)
         fit(config, *arguments)
 
 
+@pytest.mark.parametrize("key", ["clip.pretrained", "clip.base", "clip.image_size", "clip.activation", "optimizer.lr_for", "logit_scale"])
+def test_null_is_nothing_however_deep_the_setting_lies(key: str) -> None:
+    """The parser hands ``null`` down two levels as the word None: never a name of weights, nor an error."""
+    parser = train.Parser()
+    parser.add_subclass_arguments(train.AdversarialFineTuning, "model")
+    given = parser.parse_args(["--model=aft.methods.TeCoA", f"--model.init_args.{key}=null"]).model.init_args
+    assert given[key] is None
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_where_there_is_none(config: Path) -> None:
     """Named before anything is loaded."""
