@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from aft.attacks import Attack
+from aft.batch import SuiteData
 from aft.clip import ModelSpec, TrainableSpec
 from aft.errors import AftError, ConfigError, RunError
 from aft.methods import AdversarialFineTuning, OptimizerSpec
@@ -134,6 +135,7 @@ class Main(LightningCLI):
 
     def before_fit(self) -> None:
         """Checks what the best checkpoint is chosen by, claims the run folder, and prints and stores the effective settings."""
+        refuse_suite(self.datamodule)
         check_monitor(self.settings.checkpoint.monitor, self.model, self.datamodule)
         refuse_stale(self.run_folder)
         asked = self.settings.get("ckpt_path")
@@ -160,7 +162,8 @@ class Main(LightningCLI):
             print(f"going on from {asked}", flush=True)
 
     def before_validate(self) -> None:
-        """Refuses what Lightning would load unasked."""
+        """Refuses what trains nothing, and what Lightning would load unasked."""
+        refuse_suite(self.datamodule)
         refuse_stale(self.run_folder)
 
     def _introduce(self, effective: str) -> None:
@@ -198,6 +201,15 @@ def check_device(accelerator: str) -> None:
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise RunError(
             f"trainer.accelerator = {accelerator!r}, but torch sees no CUDA device: use cpu or auto, or install a CUDA build of torch."
+        )
+
+
+def refuse_suite(data: Any) -> None:
+    """Raises ConfigError where the data is a suite of test sets: nothing is trained on it, nor chosen by it."""
+    if isinstance(data, SuiteData):
+        raise ConfigError(
+            f"{type(data).__name__} holds test sets alone: train on datamodules.ImageFolder or another of configs/data, and measure the "
+            "suite afterwards with python eval.py -c configs/eval/zero_shot_suite.yaml --weights CHECKPOINT."
         )
 
 

@@ -138,6 +138,17 @@ def test_null_is_nothing_however_deep_the_setting_lies(key: str) -> None:
     assert given[key] is None
 
 
+def test_a_suite_of_test_sets_is_not_trained_on(config: Path) -> None:
+    """Nor chosen by: it says which data trains, and which command measures the suite."""
+    suite = str(train.HERE / "configs" / "data" / "zero_shot_suite.yaml")
+    for command in ("fit", "validate"):
+        with pytest.raises(ConfigError, match="ZeroShotSuite holds test sets alone.*ImageFolder.*eval.py -c configs/eval/zero_shot_suite"):
+            train.main([command, "-c", suite, "--model=aft.methods.TeCoA", "--model.init_args.clip.name=tiny",
+                        "--model.init_args.attack=aft.attacks.PGD", "--model.init_args.attack.init_args.eps=2/255",
+                        "--model.init_args.attack.init_args.step_size=1/255", "--model.init_args.attack.init_args.steps=1",
+                        "--trainer.accelerator=cpu"])  # fmt: skip
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_where_there_is_none(config: Path) -> None:
     """Named before anything is loaded."""
