@@ -87,9 +87,14 @@ class Expansion(TextTransform):
 
     def __init__(self, width: int, quantile: float = 1.0) -> None:
         super().__init__()
-        self.quantile = quantile
         self.register_buffer("mean_D", torch.zeros(width))
         self.register_buffer("gain", torch.zeros(()))
+        self.register_buffer("share", torch.tensor(quantile))
+
+    @property
+    def quantile(self) -> float:
+        """Of the training classes' angles, the one that is stretched to 90 degrees; to seven digits."""
+        return round(float(self.get_buffer("share")), 7)
 
     @property
     def idle(self) -> bool:
@@ -193,6 +198,7 @@ def stored_transform(name: str, state: Mapping[str, Tensor]) -> TextTransform:
     try:
         if name == "expansion":
             made: TextTransform = Expansion(len(state["mean_D"]))
+            state = {"share": torch.tensor(1.0), **state}  # what was written before quantiles were kept
         elif name == "residual":
             made = Residual(state["down.weight"].shape[1], state["down.weight"].shape[0])
         else:

@@ -94,6 +94,16 @@ def test_a_quantile_keeps_one_odd_class_from_deciding() -> None:
     assert float(expansion(0.5).get_buffer("gain")) == pytest.approx(90 / 25, rel=1e-6)
 
 
+def test_a_quantile_is_kept_with_the_checkpoint(recwarn: pytest.WarningsRecorder) -> None:
+    """Classes beyond 90 degrees were meant, so that no loaded model warns of them; what knew no quantile had the largest angle."""
+    fitted = expansion(0.5).float()
+    loaded = stored_transform("expansion", fitted.state_dict())
+    assert isinstance(loaded, Expansion) and loaded.quantile == 0.5
+    assert torch.equal(loaded(TRAIN), fitted(TRAIN)) and not recwarn.list
+    older = {name: value for name, value in fitted.state_dict().items() if name != "share"}
+    assert stored_transform("expansion", older).quantile == 1
+
+
 def test_what_cannot_be_expanded_is_refused() -> None:
     """One class, equal texts, a map that was never fitted, settings out of range."""
     with pytest.raises(ConfigError, match="fitted on 1 class"):
