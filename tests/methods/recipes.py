@@ -70,3 +70,9 @@ def build(name: str, clip: ModelSpec, **settings: Any) -> AdversarialFineTuning:
         "optimizer": OptimizerSpec(name="sgd", lr=0.1, schedule="constant"),
     }
     return RECIPES[name].kind(clip, **(defaults | RECIPES[name].settings | settings))
+
+
+def tecoa(tiny: ModelSpec, **settings: Any) -> TeCoA:
+    """TeCoA on the tiny model, with a two-step attack."""
+    defaults: dict[str, Any] = {"attack": PGD(eps="8/255", step_size="4/255", steps=2), "optimizer": OptimizerSpec(name="sgd", lr=0.1)}
+    return TeCoA(tiny, **(defaults | settings))

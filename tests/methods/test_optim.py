@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from aft.clip import ModelSpec, ZeroShotModel
 from aft.errors import ConfigError, RunError
 from aft.methods import OptimizerSpec, TeCoA
 from tests.conftest import MemoryData, make_trainer
+from tests.methods.recipes import tecoa
 
 
 def one_step(model: ZeroShotModel, spec: OptimizerSpec) -> dict[str, torch.Tensor]:
@@ -85,3 +87,36 @@ def test_the_rate_follows_the_images_of_a_step_where_it_is_asked_to(tiny: ModelS
         assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(expected)
     with pytest.raises(ConfigError, match="lr_for = 0 is below 1"):
         OptimizerSpec(lr_for=0)
+
+
+def test_warm_up_then_cosine_counts_optimiser_steps(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """Linear to the peak over the warm-up, then a half cosine to zero; also with accumulation (steps, not batches)."""
+    spec, rates = OptimizerSpec(name="sgd", lr=1.0, warmup_steps=2), []
+    method = tecoa(tiny, optimizer=spec)
+    method.on_train_batch_start = lambda batch, batch_idx: rates.append(method.optimizers().param_groups[0]["lr"])  # type: ignore[method-assign,union-attr]
+    data.batch_size = 2
+    make_trainer(tmp_path, max_steps=6, limit_val_batches=0, accumulate_grad_batches=2).fit(method, datamodule=data)
+    expected = [0.5, 1.0] + [0.5 * (1 + torch.cos(torch.tensor(torch.pi * i / 4)).item()) for i in range(4)]
+    assert rates == pytest.approx([rate for rate in expected for _ in range(2)], abs=1e-6)
+    assert OptimizerSpec(schedule="constant").factor(9, lambda: 1.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lr": 0.0}, "lr = 0.0"),
+        ({"warmup_steps": -1}, "warmup_steps = -1"),
+        ({"name": "SGD"}, "did you mean .sgd"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+    ],
+)
+def test_bad_optimiser_settings(settings: dict[str, Any], words: str) -> None:
+    """Named with their value."""
+    with pytest.raises(ConfigError, match=words):
+        OptimizerSpec(**settings)
+
+
+def test_a_warm_up_longer_than_the_run_warns(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """A small folder under a recipe for ImageNet."""
+    with pytest.warns(UserWarning, match="warmup_steps = 9 is not below the run's 2 steps"):
+        make_trainer(tmp_path, limit_val_batches=0).fit(tecoa(tiny, optimizer=OptimizerSpec(warmup_steps=9)), datamodule=data)

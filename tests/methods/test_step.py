@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from aft.attacks import PGD, ClassificationObjective, sample_keys
 from aft.batch import Batch
 from aft.clip import ModelSpec, cost, load_model, weights
-from aft.errors import AftError, ConfigError, DataError, WeightsError
-from aft.methods import AdversarialFineTuning, ContrastivePretraining, OptimizerSpec, Ramp, TeCoA, Term, terms
+from aft.errors import AftError, ConfigError, DataError
+from aft.methods import ContrastivePretraining, TeCoA, terms
 from aft.methods.targets import Targets
 from aft.methods.views import Views
-from datamodules import Sample
 from tests.conftest import Calls, MemoryData, make_trainer
-
-
-def tecoa(tiny: ModelSpec, **settings: Any) -> TeCoA:
-    """TeCoA on the tiny model, with a two-step attack."""
-    defaults: dict[str, Any] = {"attack": PGD(eps="8/255", step_size="4/255", steps=2), "optimizer": OptimizerSpec(name="sgd", lr=0.1)}
-    return TeCoA(tiny, **(defaults | settings))
+from tests.methods.recipes import tecoa
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -200,82 +192,6 @@ def test_targets_have_no_graph_and_are_computed_once(model: Any, data: MemoryDat
         _ = Targets(batch, student=model, text={}).teacher_clean
 
 
-@dataclass(eq=False)
-class Closeness(Term):
-    """A term from outside the package: stay near the teacher."""
-
-    scale: float = 1.0
-    needs: ClassVar[frozenset[str]] = frozenset({"teacher_clean"})
-
-    def __call__(self, targets: Targets, views: Views) -> Tensor:
-        """Mean squared distance to the teacher's clean embedding."""
-        return self.scale * (views.adversarial.embedding_BD - targets.teacher_clean.embedding_BD).square().sum(1).mean()
-
-
-class Dummy(AdversarialFineTuning):
-    """A method from outside the package."""
-
-    method: ClassVar[str] = "dummy"
-    default_terms: ClassVar[dict[str, Term]] = {"closeness": Closeness()}
-
-
-def test_a_method_from_outside_trains(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
-    """One class and one term are enough; k + 1 student forwards, one teacher forward; the teacher is in no checkpoint."""
-    method = Dummy(tiny, attack=PGD(eps="8/255", step_size="4/255", steps=2))
-    student = Calls(method.model.visual)
-    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0, enable_checkpointing=True)
-    trainer.fit(method, datamodule=data)
-    assert student.count == 3 and method.teacher is not None and not method.teacher.training
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    assert not any("teacher" in key for key in saved["state_dict"]) and saved["aft"]["model"]["method"] == "dummy"
-
-
-def test_any_term_lies_over_any_method(tiny: ModelSpec) -> None:
-    """By registered name or dotted path, with its settings; null takes a term out."""
-    method = tecoa(
-        tiny,
-        terms={
-            "tests.methods.test_step.Closeness": {"weight": {"start": 0, "end": 1, "steps": 4}, "scale": 2.0},
-            "alignment": {"weight": 0.5},
-        },
-    )
-    assert method.terms["alignment"].weight == 0.5 and "teacher_clean" in method.needs
-    closeness = method.terms["tests.methods.test_step.Closeness"]
-    assert [closeness.weight_at(step) for step in (0, 2, 4, 9)] == [0.0, 0.5, 1.0, 1.0]
-    with pytest.raises(ConfigError, match="no loss term is left"):
-        tecoa(tiny, terms={"alignment": None})
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        ({"alignmnt": {}}, "unknown term 'alignmnt': did you mean 'alignment'"),
-        ({"alignment": {"wieght": 1}}, "unknown setting of term 'alignment' 'wieght': did you mean 'weight'"),
-        ({"os.path.join": {}}, "unknown term 'os.path.join'"),
-        ({"alignmnt": None}, "did you mean 'alignment'"),
-        ({"alignment": 3}, "give settings such as"),
-        ({"alignment": {"weight": "abc"}}, "not a finite number"),
-        ({"alignment": {"weight": float("nan")}}, "not a finite number"),
-        ({"alignment": {"weight": {"start": 0, "ende": 1}}}, "exactly the keys start, end, steps"),
-    ],
-)
-def test_unknown_terms_and_settings_list_near_matches(tiny: ModelSpec, overrides: dict[str, Any], words: str) -> None:
-    """Nothing is ignored."""
-    with pytest.raises(ConfigError, match=words):
-        tecoa(tiny, terms=overrides)
-
-
-def test_a_term_with_an_unknown_need_is_refused() -> None:
-    """A need that nobody meets would be a crash in the first step."""
-
-    class Odd(Term):
-        needs: ClassVar[frozenset[str]] = frozenset({"tockens"})
-
-    with pytest.raises(ConfigError, match="did you mean 'tokens'"):
-        terms.register_term("odd", Odd)
-
-
 def test_labels_outside_the_class_list(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
     """Data and class list that do not belong together stop at the first batch."""
     data.labels = data.labels + 2
@@ -310,93 +226,7 @@ def test_out_of_memory_names_batch_size_and_attack_steps(tiny: ModelSpec, data: 
     assert all(p.requires_grad for p in method.model.visual.parameters())
 
 
-def test_warm_up_then_cosine_counts_optimiser_steps(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
-    """Linear to the peak over the warm-up, then a half cosine to zero; also with accumulation (steps, not batches)."""
-    spec, rates = OptimizerSpec(name="sgd", lr=1.0, warmup_steps=2), []
-    method = tecoa(tiny, optimizer=spec)
-    method.on_train_batch_start = lambda batch, batch_idx: rates.append(method.optimizers().param_groups[0]["lr"])  # type: ignore[method-assign,union-attr]
-    data.batch_size = 2
-    make_trainer(tmp_path, max_steps=6, limit_val_batches=0, accumulate_grad_batches=2).fit(method, datamodule=data)
-    expected = [0.5, 1.0] + [0.5 * (1 + torch.cos(torch.tensor(torch.pi * i / 4)).item()) for i in range(4)]
-    assert rates == pytest.approx([rate for rate in expected for _ in range(2)], abs=1e-6)
-    assert OptimizerSpec(schedule="constant").factor(9, lambda: 1.0) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"lr": 0.0}, "lr = 0.0"),
-        ({"warmup_steps": -1}, "warmup_steps = -1"),
-        ({"name": "SGD"}, "did you mean .sgd"),
-        ({"weight_decay": -1.0}, "weight_decay"),
-    ],
-)
-def test_bad_optimiser_settings(settings: dict[str, Any], words: str) -> None:
-    """Named with their value."""
-    with pytest.raises(ConfigError, match=words):
-        OptimizerSpec(**settings)
-
-
-def test_a_ramp_is_a_line() -> None:
-    """And stays at its end."""
-    assert [Ramp(1.0, 3.0, 2).at(step) for step in range(4)] == [1.0, 2.0, 3.0, 3.0]
-
-
-def test_a_resume_takes_this_start_s_optimiser_settings(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
-    """Not those that the checkpoint's optimiser state brings along (R8); moments stay."""
-    first = make_trainer(tmp_path, max_steps=2, limit_val_batches=0, enable_checkpointing=True)
-    first.fit(tecoa(tiny, optimizer=OptimizerSpec(lr=1e-3, weight_decay=0.1, schedule="constant")), datamodule=data)
-    first.save_checkpoint(tmp_path / "x.ckpt")
-    again = make_trainer(tmp_path, max_steps=3, limit_val_batches=0)
-    spec = OptimizerSpec(lr=5e-4, weight_decay=0.2, betas=(0.5, 0.5), schedule="constant")
-    again.fit(tecoa(tiny, optimizer=spec), datamodule=data, ckpt_path=str(tmp_path / "x.ckpt"))
-    group = again.optimizers[0].param_groups[0]
-    assert (group["lr"], group["weight_decay"], group["betas"]) == (5e-4, 0.2, (0.5, 0.5))
-    assert int(next(iter(again.optimizers[0].state.values()))["step"]) == 3
-
-
-def test_interrupted_is_uninterrupted(tiny: ModelSpec, tmp_path: Path) -> None:
-    """Four steps, and the same with two stops in the middle of an epoch, end in the same weights, to the bit."""
-
-    def run(folder: str, stops: list[int]) -> dict[str, Tensor]:
-        checkpoint = None
-        for stop in stops:
-            method = tecoa(tiny, optimizer=OptimizerSpec(lr=1e-3, schedule="constant"))
-            data = Sample(batch_size=16, holdout=0, train_classes=["cat", "dog", "ship"], augment="crop_flip")
-            saver = ModelCheckpoint(
-                tmp_path / folder, filename=str(stop), every_n_train_steps=stop
-            )  # in the epoch, as a killed run leaves it
-            trainer = make_trainer(tmp_path / folder, max_steps=stop, limit_val_batches=0, enable_checkpointing=True, callbacks=[saver])
-            trainer.fit(method, datamodule=data, ckpt_path=checkpoint)
-            checkpoint = str(tmp_path / folder / f"{stop}.ckpt")
-        return {name: value.clone() for name, value in method.model.state_dict().items()}
-
-    whole, parts = run("whole", [4]), run("parts", [1, 3, 4])
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
-def test_another_architecture_is_refused_on_resume(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
-    """Named, not a list of torch's keys."""
-    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0, enable_checkpointing=True)
-    trainer.fit(tecoa(tiny), datamodule=data)
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    with pytest.raises(WeightsError, match="the checkpoint has config"):
-        make_trainer(tmp_path).fit(tecoa(ModelSpec("miniclip32", "random")), datamodule=data, ckpt_path=str(tmp_path / "x.ckpt"))
-
-
 def test_a_coupled_loss_refuses_accumulation(data: MemoryData, tmp_path: Path) -> None:
     """It is defined on the whole batch."""
     with pytest.raises(ConfigError, match="accumulate_grad_batches must be 1"):
         make_trainer(tmp_path, accumulate_grad_batches=2).fit(ContrastivePretraining(ModelSpec("tiny", "random")), datamodule=data)
-
-
-def test_a_warm_up_longer_than_the_run_warns(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
-    """A small folder under a recipe for ImageNet."""
-    with pytest.warns(UserWarning, match="warmup_steps = 9 is not below the run's 2 steps"):
-        make_trainer(tmp_path, limit_val_batches=0).fit(tecoa(tiny, optimizer=OptimizerSpec(warmup_steps=9)), datamodule=data)
-
-
-def test_an_unknown_text_bank_is_named(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
-    """A typing error in a term's bank."""
-    with pytest.raises(ConfigError, match="did you mean 'class'"):
-        make_trainer(tmp_path).fit(tecoa(tiny, terms={"alignment": {"bank": "clas"}}), datamodule=data)
