@@ -1,16 +1,44 @@
-"""Defences made for tests: any stages around a model, under a name; and a few simple ones."""
+"""Defences made for tests: any stages around a model, under a name, or around a linear map; and a few simple ones."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from aft.attacks.noise import normal
 from aft.clip.model import Encoding, ZeroShotModel
 from aft.clip.stages import Draw, Gate, Stage, Stages, encode_in_stages
+
+
+class LinearTower(nn.Module):
+    """A linear map of images of 2 x 2 pixels that is its own undefended model."""
+
+    stages = Stages()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 12 * 5, dtype=torch.float64).reshape(12, 5).sin())
+
+    @property
+    def undefended(self) -> LinearTower:
+        """Itself."""
+        return self
+
+    def encode(self, images: Tensor) -> Encoding:
+        """A matrix product."""
+        return Encoding(images.flatten(1) @ self.weight)
+
+
+@dataclass
+class Around:
+    """Stages around a linear tower, and no more of a model than that."""
+
+    stages: Stages
+    undefended: LinearTower
 
 
 class Made(ZeroShotModel):

@@ -2,52 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from torch import nn
 
 from aft.attacks import sample_keys
 from aft.attacks.noise import normal, uniform
-from aft.clip.model import Encoding
 from aft.clip.stages import PURPOSES, USES_A_DRAW, Draw, Gate, Stage, Stages, draws_for, encode_in_stages
 from aft.errors import ConfigError, InputError
+from tests.staged import Around, LinearTower
 
 KEYS = sample_keys(0, 0, torch.arange(4))
-
-
-class Tower(nn.Module):
-    """A linear map that is its own undefended model."""
-
-    stages = Stages()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(-1, 1, 12 * 5, dtype=torch.float64).reshape(12, 5).sin())
-
-    @property
-    def undefended(self):
-        """Itself."""
-        return self
-
-    def encode(self, images):
-        """A matrix product."""
-        return Encoding(images.flatten(1) @ self.weight)
-
-
-@dataclass
-class Defended:
-    """Stages around a tower."""
-
-    stages: Stages
-    undefended: Tower
 
 
 @pytest.fixture
 def tower():
     """The same each time."""
-    return Tower()
+    return LinearTower()
 
 
 @pytest.fixture
@@ -73,14 +43,14 @@ def test_stages_run_in_their_order(tower, images):
     stages = Stages(
         Stage(lambda x, draw: 1 - x), Stage(lambda z, x, draw: seen.append(x) or 2 * z)
     )  # fmt: skip
-    z = encode_in_stages(Defended(stages, tower), images).embedding_BD
+    z = encode_in_stages(Around(stages, tower), images).embedding_BD
     assert torch.equal(z, 2 * tower.encode(1 - images).embedding_BD) and torch.equal(seen[0], 1 - images)
     assert list(stages.declared) == ["pixels", "embedding"] and not stages.random
 
 
 def test_bpda_keeps_the_forward_and_makes_the_backward_the_identity(tower, images):
     """Rounding has no gradient; with BPDA the gradient is the tower's at the rounded image, and the output is the same bits."""
-    defended = Defended(Stages(Stage(rounded, differentiable=False)), tower)
+    defended = Around(Stages(Stage(rounded, differentiable=False)), tower)
     images.requires_grad_(True)
     plain, passed = encode_in_stages(defended, images).embedding_BD, encode_in_stages(defended, images, bpda=["pixels"]).embedding_BD
     assert torch.equal(plain, passed)
@@ -102,7 +72,7 @@ def test_bpda_keeps_no_graph_of_what_it_replaces(tower, images):
             return leaf + torch.autograd.grad(tower.encode(leaf).embedding_BD.sum(), leaf)[0]
 
     images.requires_grad_(True)
-    defended = Defended(Stages(Stage(climb)), tower)
+    defended = Around(Stages(Stage(climb)), tower)
     passed = encode_in_stages(defended, images, bpda=["pixels"]).embedding_BD
     encode_in_stages(defended, images)
     expected = torch.autograd.grad(tower.encode(images).embedding_BD.sum(), images)[0]
@@ -111,7 +81,7 @@ def test_bpda_keeps_no_graph_of_what_it_replaces(tower, images):
 
 def test_bpda_of_the_embedding_hides_the_images_that_stand_beside(tower, images):
     """The identity in z alone: no second way from the images into the loss."""
-    defended = Defended(Stages(embedding=Stage(lambda z, x, draw: z.sign() * x.sum())), tower)
+    defended = Around(Stages(embedding=Stage(lambda z, x, draw: z.sign() * x.sum())), tower)
     images.requires_grad_(True)
     got = torch.autograd.grad(encode_in_stages(defended, images, bpda=["embedding"]).embedding_BD.sum(), images)[0]
     assert torch.equal(got, torch.autograd.grad(tower.encode(images).embedding_BD.sum(), images)[0])
@@ -124,7 +94,7 @@ def test_a_gate_lets_a_stage_act_above_its_threshold_alone(tower, images):
     assert stage.gated and not Stage(rounded).gated
     images[:, 0, 0, 0] = torch.tensor([0.4, 0.5, 0.6, 1.0])
     for bpda in ((), ("pixels",)):
-        z = encode_in_stages(Defended(Stages(stage), tower), images, bpda=bpda).embedding_BD
+        z = encode_in_stages(Around(Stages(stage), tower), images, bpda=bpda).embedding_BD
         assert torch.equal(z[:2], tower.encode(images).embedding_BD[:2]) and z[2:].abs().max() == 0
 
 
@@ -132,14 +102,14 @@ def test_what_a_shut_gate_leaves_may_be_another_thing_than_nothing(tower, images
     """Where the gate is shut the stage does its ``otherwise``, with the same arguments."""
     stage = Stage(lambda x, draw: torch.zeros_like(x), gate=lambda x, draw: Gate(x[:, 0, 0, 0], 0.5), otherwise=lambda x, draw: x / draw)
     images[:, 0, 0, 0] = torch.tensor([0.4, 0.5, 0.6, 1.0])
-    z = encode_in_stages(Defended(Stages(stage), tower), images, 2).embedding_BD
+    z = encode_in_stages(Around(Stages(stage), tower), images, 2).embedding_BD
     assert torch.equal(z[:2], tower.encode(images / 2).embedding_BD[:2]) and z[2:].abs().max() == 0
 
 
 def test_a_random_stage_needs_a_draw_and_is_a_function_of_it(tower, images):
     """The same draw gives the same bits for a sample in any batch; another draw gives others."""
     stage = Stage(lambda x, draw: x + normal(draw.keys_n, draw.count(), x.shape[1:]).to(x), random=True)
-    defended = Defended(Stages(stage), tower)
+    defended = Around(Stages(stage), tower)
     with pytest.raises(InputError, match="random and got no draw"):
         encode_in_stages(defended, images)
     first, second = draws_for("scoring", KEYS, 2)

@@ -2,37 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from torch import nn
 
-from aft.clip.model import Encoding
 from aft.clip.stages import Gate, Stage, Stages, as_attacked, encode_in_stages
 from aft.errors import ConfigError
-
-
-class Tower(nn.Module):
-    """A linear map that is its own undefended model."""
-
-    stages = Stages()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(-1, 1, 12 * 5, dtype=torch.float64).reshape(12, 5).sin())
-
-    def encode(self, images):
-        """A matrix product."""
-        return Encoding(images.flatten(1) @ self.weight)
-
-
-@dataclass
-class Defended:
-    """Stages around a tower."""
-
-    stages: Stages
-    undefended: Tower
+from tests.staged import Around, LinearTower
 
 
 def statistic(x, draw=None):
@@ -54,7 +29,7 @@ def images():
 
 def encoded(images, **how):
     """Through the stage."""
-    return encode_in_stages(Defended(Stages(SIGN), Tower()), images, **how).embedding_BD
+    return encode_in_stages(Around(Stages(SIGN), LinearTower()), images, **how).embedding_BD
 
 
 def slope(value, images):
@@ -66,14 +41,14 @@ def test_a_soft_gate_mixes_the_smooth_form_and_what_is_done_when_it_is_shut(imag
     """``w smooth(x) + (1 - w) otherwise(x)``, ``w = sigmoid((s - t) / (T |t|))``."""
     weight = torch.sigmoid((images[:, 0, 0, 0] - 0.5) / (0.2 * 0.5)).view(-1, 1, 1, 1)
     mixed = weight * SIGN.smooth(images, None) + (1 - weight) * images / 2
-    assert torch.allclose(encoded(images, gate_temperature=0.2), Tower().encode(mixed).embedding_BD, atol=1e-14)
+    assert torch.allclose(encoded(images, gate_temperature=0.2), LinearTower().encode(mixed).embedding_BD, atol=1e-14)
 
 
 def test_a_cold_gate_is_the_hard_one(images):
     """As the temperature falls, what is left is the smooth form where the gate is open and the other where it is shut."""
     hard = torch.where(statistic(images).open_n.view(-1, 1, 1, 1), SIGN.smooth(images, None), images / 2)
-    assert torch.allclose(encoded(images, gate_temperature=1e-4), Tower().encode(hard).embedding_BD, atol=1e-12)
-    assert torch.equal(encoded(images)[0], Tower().encode(images / 2).embedding_BD[0])
+    assert torch.allclose(encoded(images, gate_temperature=1e-4), LinearTower().encode(hard).embedding_BD, atol=1e-12)
+    assert torch.equal(encoded(images)[0], LinearTower().encode(images / 2).embedding_BD[0])
 
 
 def test_a_hard_forward_has_the_bits_of_the_model_and_the_slope_of_the_soft_one(images):
