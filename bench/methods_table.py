@@ -2,10 +2,11 @@
 
 ``bench/methods_table.yaml`` has the recipe. Each method searches its rate on held-out training images, trains, and is measured on
 Tiny-ImageNet's validation images and zero-shot on CIFAR-10. Everything is resumable: what is there is not done again. Runs lie in
-``runs/methods_table``; the chosen rates, the weights' sha256 and the cost of a step go to ``results/methods_table/runs.json``, the table
-to ``results/methods_table/README.md``, row after row. A row that stands there is not done again, also where its run is gone. Rows whose
-weights belong in git are measured once they are there, so that a card's sha256 names a file that everybody has: commit them, and start
-again.
+``runs/methods_table``; the chosen rates and the weights' sha256 of a row go to ``results/methods_table/rows/LABEL.json``, its cards to
+``results/methods_table/cards/LABEL``: what two machines made is put together by copying both folders into one. After each row the table
+(``results/methods_table/README.md``) is written anew; ``--show`` writes it and its block in ``docs/methods.md``, and no more. A row that
+stands there is not done again, also where its run is gone. Rows whose weights belong in git are measured once they are there, so that a
+card's sha256 names a file that everybody has: commit them, and start again.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ import yaml
 from aft.cards import write_whole
 from aft.clip import ModelSpec, load_model
 from aft.clip.pack import pack_tower
+from aft.errors import unknown_name
 from bench import methods_report
 
 HERE = Path(__file__).resolve().parents[1]
 RECIPE = HERE / "bench" / "methods_table.yaml"
 RUNS = HERE / "runs" / "methods_table"
 RESULTS = HERE / "results" / "methods_table"
+DOCS = HERE / "docs" / "methods.md"
 DATA = {"tiny_imagenet32": "configs/data/tiny_imagenet32.yaml", "cifar10": "configs/data/cifar10.yaml"}
 #: Rows whose image towers are committed before they are measured; of the others the sha256 and the command are kept.
 COMMITTED = {"tecoa_seed0": "tecoa", "fare_seed0": "fare", "tga_zsr_seed0": "tga_zsr"}
@@ -189,7 +192,7 @@ class Row:
 def stands(label: str, recipe: dict[str, Any]) -> bool:
     """Whether the results hold this row whole: what is kept of its run, and a card of every cell."""
     cells = len(DATA) * (1 + 2 * len(recipe["evaluate"]["eps"]))
-    return label in kept("runs.json") and len(list((RESULTS / "cards" / label).glob("*.json"))) == cells
+    return (RESULTS / "rows" / f"{label}.json").exists() and len(list((RESULTS / "cards" / label).glob("*.json"))) == cells
 
 
 def trained(recipe: dict[str, Any], methods: list[Method]) -> Iterator[Row]:
@@ -208,15 +211,16 @@ def trained(recipe: dict[str, Any], methods: list[Method]) -> Iterator[Row]:
             yield Row(label, weights, {"rate": rate, "search": tried, "sha256": sha256, "command": command})
 
 
-def kept(name: str) -> dict[str, Any]:
-    """What ``results/methods_table/NAME`` says; nothing where there is none."""
-    told: dict[str, Any] = json.loads(path.read_text()) if (path := RESULTS / name).exists() else {}
-    return told
+def keep(label: str, told: dict[str, Any]) -> None:
+    """Writes what is kept of a run to ``results/methods_table/rows/LABEL.json``: with it the row stands."""
+    write_whole(RESULTS / "rows" / f"{label}.json", (json.dumps(told, indent=1) + "\n").encode())
 
 
-def keep(name: str, told: dict[str, Any]) -> None:
-    """Adds to ``results/methods_table/NAME``."""
-    write_whole(RESULTS / name, (json.dumps({**kept(name), **told}, indent=1) + "\n").encode())
+def keep_costs(costs: dict[str, float]) -> None:
+    """Adds to ``results/methods_table/cost.json``."""
+    path = RESULTS / "cost.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    write_whole(path, (json.dumps({**before, **costs}, indent=1) + "\n").encode())
 
 
 def write_page(recipe: dict[str, Any]) -> None:
@@ -224,26 +228,44 @@ def write_page(recipe: dict[str, Any]) -> None:
     write_whole(RESULTS / "README.md", methods_report.page(recipe, RESULTS).encode())
 
 
+def fill_docs(recipe: dict[str, Any]) -> None:
+    """The block of the table in ``docs/methods.md``. Not while rows are made: their cards would say that the checkout was changed."""
+    text = methods_report.filled(DOCS.read_text(encoding="utf-8"), methods_report.in_short(recipe, RESULTS))
+    write_whole(DOCS, text.encode())
+
+
+def asked_for(parser: argparse.ArgumentParser, recipe: dict[str, Any]) -> tuple[argparse.Namespace, list[Method]]:
+    """The command line, and the methods that it means."""
+    given = parser.parse_args()
+    for name in given.only:
+        if name not in recipe["methods"]:
+            parser.error(unknown_name("method", name, recipe["methods"]))
+    if given.cost and given.only and "tecoa" not in given.only:
+        parser.error("--cost is relative to TeCoA's step: add tecoa to --only.")
+    return given, [Method.of(name, told) for name, told in recipe["methods"].items() if not given.only or name in given.only]
+
+
 def main() -> None:
     """Does what is missing, and writes the table of what is there."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.methods_table", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="*", default=[], help="names of methods; none: all")
     parser.add_argument("--cost", action="store_true", help="also measure the time of a step (let nothing else run)")
-    parser.add_argument("--show", action="store_true", help="only write the table again, from the cards that are there")
-    given = parser.parse_args()
+    parser.add_argument("--show", action="store_true", help="only write the table and its block in docs/methods.md again")
     recipe = yaml.safe_load(RECIPE.read_text())
-    methods = [Method.of(name, told) for name, told in recipe["methods"].items() if not given.only or name in given.only]
-    if not given.show:
+    given, methods = asked_for(parser, recipe)
+    if given.show:
+        fill_docs(recipe)
+    else:
         for row in trained(recipe, methods):
             print(f"{row.label}: rate {row.told['rate']:g}, trained", flush=True)
             if row.label in COMMITTED and not in_git(row.weights):
                 sys.exit(f"commit {row.weights}, then start again: what is measured should be in git.")
             measure(recipe, row.label, row.weights)
-            keep("runs.json", {row.label: row.told})
+            keep(row.label, row.told)
             write_page(recipe)
             print(f"{row.label}: measured", flush=True)
     if given.cost:
-        keep("cost.json", relative_costs(recipe, methods))
+        keep_costs(relative_costs(recipe, methods))
     write_page(recipe)
 
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from aft.cards import write_whole
 from aft.clip import ModelSpec, load_model
-from bench.methods_table import HERE, RECIPE, RUNS, Method, fit, keep, measure
+from bench.methods_table import HERE, RECIPE, RUNS, Method, fit, keep, measure, stands, write_page
 
 WAYS = HERE / "bench" / "pretraining.yaml"
 COUNTED = RUNS / "pretraining" / "flops.json"
@@ -73,6 +73,8 @@ def main() -> None:
     ways, table = yaml.safe_load(WAYS.read_text())["ways"], yaml.safe_load(RECIPE.read_text())
     flops = count(ways)
     for way, steps in plan(ways, flops).items():
+        if stands(f"{way}_seed0", table):
+            continue
         weights = "random"
         for phase, length in zip(ways[way], steps, strict=True):
             phase["shared"]["model"]["init_args"]["clip"] = {"name": "miniclip32", "pretrained": weights}
@@ -83,8 +85,9 @@ def main() -> None:
         told = {"rate": ways[way][0]["rate"], "sha256": load_model(ModelSpec(pretrained=weights)).record.sha256,
                 "steps": {p["name"]: n for p, n in zip(ways[way], steps, strict=True)}, "operations": spent,
                 "command": "python -m bench.pretraining"}  # fmt: skip
-        keep("runs.json", {f"{way}_seed0": told})
         measure(table, f"{way}_seed0", Path(weights))
+        keep(f"{way}_seed0", told)
+        write_page(table)
 
 
 if __name__ == "__main__":

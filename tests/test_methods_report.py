@@ -9,6 +9,7 @@ import yaml
 
 from bench import methods_report, methods_table
 
+RECIPE = yaml.safe_load(methods_table.RECIPE.read_text())
 ANY_CARD = next(Path("results/cards/tecoa_mini").rglob("*apgd*.json"))
 
 
@@ -26,8 +27,8 @@ def put_run(results: Path, label: str, clean: float, apgd: float, pgd: float) ->
     """Three cards and the entry of one run."""
     for protocol, eps, accuracy in (("clean", None, clean), ("apgd", 2, apgd), ("pgd", 2, pgd)):
         put(results / "cards" / label, protocol, eps, accuracy)
-    runs = json.loads((results / "runs.json").read_text()) if (results / "runs.json").exists() else {}
-    (results / "runs.json").write_text(json.dumps({**runs, label: {"rate": 3e-4}}))
+    (results / "rows").mkdir(exist_ok=True)
+    (results / "rows" / f"{label}.json").write_text(json.dumps({"rate": 3e-4}))
 
 
 @pytest.fixture
@@ -42,8 +43,7 @@ def results(tmp_path: Path) -> Path:
 
 def lines_of(results: Path) -> dict[str, str]:
     """Lines of the table by their first cell."""
-    recipe = yaml.safe_load(methods_table.RECIPE.read_text())
-    page = methods_report.page(recipe, results)
+    page = methods_report.page(RECIPE, results)
     return {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("| ")}
 
 
@@ -60,6 +60,83 @@ def test_differences_inside_the_noise_are_not_ranked(results: Path) -> None:
 def test_a_large_gap_is_marked(results: Path) -> None:
     lines = lines_of(results)
     assert "| 4.0 (!) |" in lines["far"] and "(!)" not in lines["near"]
+
+
+def told(results: Path) -> list[str]:
+    """The sentences of CIFAR-10's table."""
+    (table,) = methods_report.tables(RECIPE, results)
+    return methods_report.sentences(table)
+
+
+def test_sentences_follow_from_the_figures(results: Path) -> None:
+    """A rise, a fall, no difference, and a gap; a method that only falls does not help, and it is said."""
+    put_run(results, "low_seed0", 0.27, 0.20, 0.20)
+    put_run(results, "high_seed0", 0.30, 0.24, 0.24)
+    assert told(results) == [
+        "Standard deviation of TeCoA over 3 seeds, in points: 1.0 (clean), 1.0 (2/255).",
+        "`far` is above TeCoA by 3.0 points (2/255); for clean it does not help here: below by 5.0 points (clean).",
+        "`high` is above TeCoA by 4.0 points (2/255), and nowhere below.",
+        "`low` does not help here: below TeCoA by 3.0 points (clean), and nowhere above.",
+        "Not told apart from TeCoA (less than twice that): `near`.",
+        "PGD is more than 3 points above APGD, so that PGD alone would flatter: `far` (4.0 at 2/255).",
+    ]
+
+
+def test_nothing_is_ranked_before_the_noise_is_known(results: Path) -> None:
+    """One seed has no standard deviation, and two have hardly one: not a noise of zero."""
+    for seed in (2, 1):
+        (results / "rows" / f"tecoa_seed{seed}.json").unlink()
+        assert told(results)[0].startswith(f"TeCoA has {seed} of 3 seeds") and len(told(results)) == 2
+        assert not any("↑" in line or "↓" in line for line in lines_of(results).values())
+
+
+def test_a_row_that_is_not_whole_is_not_in_the_table(results: Path) -> None:
+    """Cards without what is kept of the run, or a run with a card missing: two folders are put together file by file."""
+    (results / "rows" / "near_seed0.json").unlink()
+    next((results / "cards" / "far_seed0").glob("pgd*")).unlink()
+    assert [row.name for table in methods_report.tables(RECIPE, results) for row in table.rows] == ["tecoa"]
+
+
+def test_the_worst_verdict_of_a_row_stands_in_it(results: Path) -> None:
+    """A suspect card of three makes a suspect row."""
+    path = next((results / "cards" / "near_seed0").glob("pgd*"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "verdict": {"status": "suspect", "failed_checks": ["E1"]}}))
+    lines = lines_of(results)
+    assert lines["near"].endswith("| suspect |") and lines["far"].endswith("| reliable |")
+
+
+def test_pre_training_is_not_ranked_among_fine_tunings(results: Path) -> None:
+    """It starts from nothing: a table of its own, with what it cost."""
+    put_run(results, "adversarial_pretraining_seed0", 0.2, 0.1, 0.1)
+    (results / "rows" / "adversarial_pretraining_seed0.json").write_text(json.dumps({"rate": 1e-3, "operations": 1.25e15}))
+    assert [row.name for table in methods_report.tables(RECIPE, results) for row in table.rows] == ["tecoa", "far", "near"]
+    assert lines_of(results)["adversarial_pretraining"].endswith("| 20.0 ± 1.8 | 10.0 ± 1.3 | 1.25e+15 | reliable |")
+
+
+def test_the_docs_and_the_page_are_what_the_committed_cards_make() -> None:
+    """No figure rots: `python -m bench.methods_table --show` writes both."""
+    docs = methods_table.DOCS.read_text()
+    assert methods_report.filled(docs, methods_report.in_short(RECIPE, methods_table.RESULTS)) == docs
+    if methods_report.runs_of(methods_table.RESULTS):
+        assert methods_report.page(RECIPE, methods_table.RESULTS) == (methods_table.RESULTS / "README.md").read_text()
+
+
+def test_the_block_of_the_docs_is_short_and_says_all(results: Path) -> None:
+    """Both data sets in one table, every sentence, how many methods are there; marks that are gone are named."""
+    block = methods_report.in_short(RECIPE, results)
+    assert "| near | 30.0 ± 2.0 | 21.5 ± 1.8 | reliable |" in block and "1 of 13 methods are measured" in block
+    assert all(f"- {sentence}" in block for sentence in told(results))
+    with pytest.raises(ValueError, match="lacks the marks"):
+        methods_report.filled("no marks", block)
+
+
+def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A typing error is not a run of nothing; costs are relative to TeCoA's."""
+    for words, expected in ((["--only", "tecoaa"], "did you mean 'tecoa'"), (["--only", "fare", "--cost"], "add tecoa")):
+        monkeypatch.setattr("sys.argv", ["methods_table", *words])
+        with pytest.raises(SystemExit):
+            methods_table.main()
+        assert expected in capsys.readouterr().err
 
 
 def test_no_table_without_tecoa(tmp_path: Path) -> None:
