@@ -27,7 +27,6 @@ from aft.clip import ModelSpec, ZeroShotModel, load_model
 from aft.evaluation import Cell, first, plan
 from aft.evaluation.judge import Cost, Judge, scoring
 from aft.evaluation.protocols import QUERIES, STEPS, TARGETS, Budget, four
-from aft.evaluation.subsets import take
 from datamodules import ImageFolder
 
 HERE = Path(__file__).resolve().parents[1]
@@ -97,7 +96,7 @@ def main() -> None:
     whole = ImageFolder(name="cifar10", train="data/cifar10/train.zip", test="data/cifar10/test.zip").evaluation_set("test")
     data = first(whole, IMAGES)
     found: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {"threads": torch.get_num_threads(), "weights": WEIGHTS}
-    one = take(data, right_ones(model, data)[:ALONE])
+    one = data.take(right_ones(model, data)[:ALONE])
     work = [(f"one {what}", one, eps) for what, eps in (("robust image", 1e-6), ("image broken at once", 0.5))]
     work += [(f"{eps}/255", data, eps / 255) for eps in RADII]
     for name, images, eps in work:
