@@ -93,7 +93,7 @@ class Captions(ImageData):
     def train_dataloader(self) -> TrainLoader:
         """Whole batches in the order of (seed, epoch); each process its share of every global batch."""
         order = TrainOrder(len(self._batches), self.batch_size, self.seed, *self.place())
-        return TrainLoader(self._batches, order, self.num_workers)
+        return TrainLoader(self._batches, order, self.num_workers, self.replay)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """None: captions have no accuracy."""

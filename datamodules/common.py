@@ -23,6 +23,7 @@ class ImageData(lightning.LightningDataModule):
         cache_bytes: a split is held decoded in memory up to this size, bytes; beyond it each access decodes.
         max_bad_share: largest share of damaged images to skip, 0 to 1; more is an error.
         num_workers: processes that make training batches; worth it only when images are not held in memory.
+        replay: how often each training batch comes, in a row (free adversarial training); a pass has so many times as many steps.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -30,17 +31,17 @@ class ImageData(lightning.LightningDataModule):
 
     def __init__(self, *, batch_size: int = 128, augment: Augment = "flip", padding: int = 4, seed: int = 0,
                  image_size: int | None = None, templates: tuple[str, ...] = PROMPT, cache_bytes: int = 4 * 2**30,
-                 max_bad_share: float = 0.01, num_workers: int = 0) -> None:
+                 max_bad_share: float = 0.01, num_workers: int = 0, replay: int = 1) -> None:
         super().__init__()
         check_least(batch_size=(batch_size, 1), padding=(padding, 0), seed=(seed, 0), cache_bytes=(cache_bytes, 0),
-                    max_bad_share=(max_bad_share, 0), num_workers=(num_workers, 0))
+                    max_bad_share=(max_bad_share, 0), num_workers=(num_workers, 0), replay=(replay, 1))
         if augment not in ("none", "flip", "crop_flip"):
             raise ConfigError(unknown_name("augment", augment, ("none", "flip", "crop_flip")))
         if not templates or any(template.count("{}") != 1 for template in templates):
             raise ConfigError(f"templates = {templates}: each needs exactly one {{}}, where the class name goes.")
         self.batch_size, self.augment, self.padding, self.seed = batch_size, augment, padding, seed
         self.image_size, self.templates, self.cache_bytes = image_size, tuple(templates), cache_bytes
-        self.max_bad_share, self.num_workers = max_bad_share, num_workers
+        self.max_bad_share, self.num_workers, self.replay = max_bad_share, num_workers, replay
 
     def place(self) -> tuple[int, int]:
         """Rank of this process, and how many there are; (0, 1) without a trainer."""

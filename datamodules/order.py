@@ -58,7 +58,7 @@ class TrainOrder(Sampler[BatchKey]):
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
         self.count, self.batch_size, self.seed, self.rank, self.world = count, batch_size, seed, rank, world
-        self.epoch = self.start = self.drawn = 0
+        self.epoch = self.start = self.drawn = self.played = 0
         if len(self) == 0:
             raise ConfigError(f"batch_size = {batch_size} on {world} processes needs {batch_size * world} training images, "
                               f"but there are {count}: lower batch_size.")
@@ -69,7 +69,7 @@ class TrainOrder(Sampler[BatchKey]):
     def set_epoch(self, epoch: int) -> None:
         """Chooses the permutation; another epoch than the one at hand begins at its first batch."""
         if epoch != self.epoch:
-            self.epoch, self.start, self.drawn = epoch, 0, 0
+            self.epoch, self.start, self.drawn, self.played = epoch, 0, 0, 0
 
     def depends_on(self) -> dict[str, Any]:
         """The settings under which a place in the epoch means what it meant."""
@@ -141,33 +141,50 @@ class TrainLoader(DataLoader[Batch]):
         batches: what makes a batch of a key.
         order: the keys of an epoch.
         num_workers: processes that make batches; 0: this one.
+        replay: how often each batch comes, in a row and with the same augmentation; it is made once.
 
     Raises:
         RunError: resumed in the middle of an epoch, with another global batch, seed or number of images than then.
     """
 
-    def __init__(self, batches: Dataset[Any], order: TrainOrder, num_workers: int = 0) -> None:
+    def __init__(self, batches: Dataset[Any], order: TrainOrder, num_workers: int = 0, replay: int = 1) -> None:
         super().__init__(batches, sampler=order, batch_size=None, num_workers=num_workers, persistent_workers=num_workers > 0,
                          worker_init_fn=leave_signals if num_workers else None)
-        self.order, self._saved_under = order, order.depends_on()
+        self.order, self.replay = order, replay
+        self._saved_under = self.depends_on()
+
+    def __len__(self) -> int:
+        return len(self.order) * self.replay
+
+    def depends_on(self) -> dict[str, Any]:
+        """The settings under which a place in the epoch means what it meant."""
+        return self.order.depends_on() | ({"replay": self.replay} if self.replay > 1 else {})
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.order.start and self._saved_under != self.order.depends_on():
+        if (self.order.start or self.order.played) and self._saved_under != self.depends_on():
             raise RunError(f"the checkpoint is in the middle of an epoch of {self._saved_under}, this run has "
-                           f"{self.order.depends_on()}: keep these settings, or resume from a checkpoint at the end of an epoch.")
-        self.order.drawn = self.order.start
-        for batch in super().__iter__():
-            self.order.drawn += 1
-            yield batch
+                           f"{self.depends_on()}: keep these settings, or resume from a checkpoint at the end of an epoch.")
+        self.order.drawn, first = self.order.start, self.order.played
+        for batch in self.once():
+            for turn in range(first, self.replay):
+                self.order.played = (turn + 1) % self.replay
+                self.order.drawn += not self.order.played
+                yield batch
+            first = 0
+
+    def once(self) -> Iterator[Batch]:
+        """Each batch of the epoch once."""
+        return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, the batches already drawn in it, and the settings that this place depends on."""
-        return {"epoch": self.order.epoch, "drawn": self.order.drawn, "of": self.order.depends_on()}
+        """The epoch, the batches already drawn in it, how often the last one was, and the settings that this place depends on."""
+        return {"epoch": self.order.epoch, "drawn": self.order.drawn, "played": self.order.played, "of": self.depends_on()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on after the batches that were drawn. With other settings the next iteration raises, unless a new epoch begins first."""
         self.order.epoch = state["epoch"]
         self.order.start = self.order.drawn = state["drawn"]
+        self.order.played = state.get("played", 0)  # not there in checkpoints of before replays
         self._saved_under = state["of"]
 
 

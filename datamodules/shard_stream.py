@@ -131,18 +131,20 @@ class ShardLoader(TrainLoader):
         batches: what makes a batch of a key.
         num_workers: processes that read and decode; 0: this one.
         max_bad_share: largest share of this process's samples of an epoch that may be damaged, 0 to 1.
+        replay: how often each batch comes, in a row; it is read and counted once.
 
     Raises:
         DataError: more than that.
         RunError: as ``TrainLoader``.
     """
 
-    def __init__(self, batches: ShardBatches, num_workers: int, max_bad_share: float) -> None:
-        super().__init__(batches, batches.order, num_workers)
+    def __init__(self, batches: ShardBatches, num_workers: int, max_bad_share: float, replay: int = 1) -> None:
+        super().__init__(batches, batches.order, num_workers, replay)
         self.max_bad_share, self.skipped, self._epoch = max_bad_share, 0, 0
 
-    def __iter__(self) -> Iterator[Batch]:
-        for batch, damaged in super().__iter__():  # type: ignore[misc]
+    def once(self) -> Iterator[Batch]:
+        """Each batch of the epoch once, its damaged samples counted."""
+        for batch, damaged in super().once():  # type: ignore[misc]
             self._count(damaged)
             yield batch
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from aft.attacks.guards import naming_out_of_memory, undisturbed
 from aft.attacks.threat_model import ThreatModel, threat_model
-from aft.errors import InputError
+from aft.errors import ConfigError, InputError
 
 
 class Judged(NamedTuple):
@@ -93,19 +93,29 @@ class Attack(ABC):
     def search(self, objective: Objective, x_BCHW: Tensor, keys_B: Tensor) -> Adversarial:
         """The attack itself, on checked input and with gradients enabled; call the attack instead."""
 
-    def __call__(self, objective: Objective, x_BCHW: Tensor, keys_B: Tensor) -> Adversarial:
+    def search_from(self, objective: Objective, x_BCHW: Tensor, keys_B: Tensor, start_BCHW: Tensor) -> Adversarial:
+        """The same from given points, where an attack can begin anywhere.
+
+        Raises:
+            ConfigError: this one cannot.
+        """
+        raise ConfigError(f"the attack {self.name} chooses its own start: to begin at given points use aft.attacks.PGD.")
+
+    def __call__(self, objective: Objective, x_BCHW: Tensor, keys_B: Tensor, start_BCHW: Tensor | None = None) -> Adversarial:
         """Attacks a batch.
 
         Args:
             objective: what to maximise.
             x_BCHW: clean images in [0, 1], any float type; fp64 stays fp64, all others become fp32.
             keys_B: int64 keys of counted noise, from :func:`aft.attacks.sample_keys`.
+            start_BCHW: where the attack begins, moved into ball and box first; none: where its settings say.
 
         Returns:
             The adversarial images and what is known of them.
 
         Raises:
-            InputError: images or keys break the contract above.
+            ConfigError: a start is given, and the attack takes none.
+            InputError: images, keys or start break the contract above.
             RunError: out of memory.
         """
         check_input(x_BCHW, keys_B)
@@ -113,7 +123,12 @@ class Attack(ABC):
         what = f"the attack {self.name} ({self.describe().get('steps')} steps)"
         with naming_out_of_memory(what, x_BCHW), undisturbed(objective.modules):
             precise = torch.float64 if x_BCHW.dtype == torch.float64 else torch.float32
-            return self.search(objective, x_BCHW.detach().to(precise, copy=True), keys_B.to(x_BCHW.device, copy=True))
+            clean_BCHW, keys_B = x_BCHW.detach().to(precise, copy=True), keys_B.to(x_BCHW.device, copy=True)
+            if start_BCHW is None:
+                return self.search(objective, clean_BCHW, keys_B)
+            if start_BCHW.shape != x_BCHW.shape:
+                raise InputError(f"start_BCHW has shape {tuple(start_BCHW.shape)} for images {tuple(x_BCHW.shape)}: give a point an image.")
+            return self.search_from(objective, clean_BCHW, keys_B, self.threat.project(start_BCHW.detach().to(clean_BCHW), clean_BCHW))
 
 
 def check_input(x_BCHW: Tensor, keys_B: Tensor) -> None:

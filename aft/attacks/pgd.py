@@ -100,6 +100,13 @@ class PGD(Attack):
 
     def search(self, objective: Objective, x_BCHW: Tensor, keys_B: Tensor) -> Adversarial:
         """Runs every restart on the samples that are not broken; see :class:`PGD`."""
+        return self._search(objective, x_BCHW, keys_B, None)
+
+    def search_from(self, objective: Objective, x_BCHW: Tensor, keys_B: Tensor, start_BCHW: Tensor) -> Adversarial:
+        """The same, with the first run from ``start_BCHW`` (inside ball and box); the other restarts are random."""
+        return self._search(objective, x_BCHW, keys_B, start_BCHW)
+
+    def _search(self, objective: Objective, x_BCHW: Tensor, keys_B: Tensor, start_BCHW: Tensor | None) -> Adversarial:
         record = Record(x_BCHW, best=self.keep == "best")
         rows_n = torch.arange(len(x_BCHW), device=x_BCHW.device)
         for draw in range(self.restarts):
@@ -107,12 +114,23 @@ class PGD(Attack):
                 rows_n = record.open_rows()
             if not len(rows_n):
                 break
-            end_nCHW = self._run(objective, x_BCHW[rows_n], keys_B[rows_n], rows_n, draw, record)
+            end_nCHW = self._run(objective, x_BCHW[rows_n], keys_B[rows_n], rows_n, draw, record, None if draw else start_BCHW)
         return record.result() if self.keep == "best" else record.result(end_nCHW)
 
-    def _run(self, objective: Objective, x_nCHW: Tensor, keys_n: Tensor, rows_n: Tensor, draw: int, record: Record) -> Tensor:
+    def start(self, x_nCHW: Tensor, keys_n: Tensor, draw: int = 0) -> Tensor:
+        """Where a run begins when no point is given: uniform in the ball, or at the clean image."""
+        return self.threat.random_start(x_nCHW, keys_n, draw) if self.random_start else x_nCHW
+
+    def climb(self, x_nCHW: Tensor, gradient_nCHW: Tensor, clean_nCHW: Tensor) -> Tensor:
+        """One step without momentum along a gradient that is known already, ``P(x + a s(g))``; not finite entries count as zero."""
+        uphill_nCHW = self.threat.steepest_step(gradient_nCHW.nan_to_num(0, 0, 0))
+        return self.threat.project(x_nCHW + self.absolute_step_size * uphill_nCHW, clean_nCHW)
+
+    def _run(
+        self, objective: Objective, x_nCHW: Tensor, keys_n: Tensor, rows_n: Tensor, draw: int, record: Record, start_nCHW: Tensor | None
+    ) -> Tensor:
         """One run: ``steps`` times look, drop what is broken, go uphill; returns the points of those that are left."""
-        start_nCHW = self.threat.random_start(x_nCHW, keys_n, draw) if self.random_start else x_nCHW
+        start_nCHW = self.start(x_nCHW, keys_n, draw) if start_nCHW is None else start_nCHW
         walk = _Walk(rows_n, x_nCHW, start_nCHW, x_nCHW, torch.zeros_like(start_nCHW), torch.ones_like(rows_n, dtype=torch.bool))
         project = self.threat.around(x_nCHW)
         for _ in range(self.steps):
@@ -187,6 +205,10 @@ class FGSM(Attack):
     def search(self, objective: Objective, x_BCHW: Tensor, keys_B: Tensor) -> Adversarial:
         """One step of :class:`PGD`."""
         return self._pgd.search(objective, x_BCHW, keys_B)
+
+    def search_from(self, objective: Objective, x_BCHW: Tensor, keys_B: Tensor, start_BCHW: Tensor) -> Adversarial:
+        """The same from given points."""
+        return self._pgd.search_from(objective, x_BCHW, keys_B, start_BCHW)
 
 
 def need_at_least_one(**counts: int) -> None:

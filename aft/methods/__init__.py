@@ -7,6 +7,8 @@ from aft.methods.fare import FARE
 from aft.methods.laat import LAAT
 from aft.methods.lore import LORE
 from aft.methods.optim import OptimizerSpec
+from aft.methods.perturbations import WarmStart
+from aft.methods.phases import Phase
 from aft.methods.pmg_aft import PMGAFT
 from aft.methods.pretrain import ContrastivePretraining
 from aft.methods.saft import SAFT
@@ -31,9 +33,11 @@ __all__ = [
     "AdversarialFineTuning",
     "ContrastivePretraining",
     "OptimizerSpec",
+    "Phase",
     "Ramp",
     "SimCLIP",
     "TeCoA",
     "Term",
+    "WarmStart",
     "register_term",
 ]

@@ -5,7 +5,9 @@ Shapes: B images, C channels, H height, W width, K classes, D embedding width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +17,7 @@ from aft.attacks import Adversarial, Attack, Objective, sample_keys
 from aft.attacks.guards import naming_out_of_memory
 from aft.batch import Batch
 from aft.clip import Encoding, ModelSpec, TrainableSpec, ZeroShotModel, load_model
+from aft.clip.reduced import reduced
 from aft.clip.text_transform import TextTransformSpec
 from aft.clip.towers import check_tokens
 from aft.errors import ConfigError
@@ -23,6 +26,8 @@ from aft.methods.checkpoint import refuse_another_teacher
 from aft.methods.module import ClipModule
 from aft.methods.objectives import EncodingObjective
 from aft.methods.optim import OptimizerSpec
+from aft.methods.perturbations import PerturbationStore, WarmStart
+from aft.methods.phases import PLAIN, Phase, attack_in, check_order, check_sight, kept_patches, phase_at
 from aft.methods.targets import Targets, TextBanks
 from aft.methods.terms import Term, all_needs, build_terms
 from aft.methods.views import Views
@@ -50,9 +55,11 @@ class AdversarialFineTuning(ClipModule):
         text_transform: what class texts go through, in training and wherever the model is used later; none means the method's own
             (LAAT expands, TIMA tunes), and where it has none, the model's.
         teacher: the frozen model that terms compare with; none means the one that the run starts from.
+        phases: what is cheaper for a while: a weaker attack, fewer patches, fewer pixels, each up to a share of the run's steps.
+        warm_start: where attacks begin, and free adversarial training; none: each begins anew.
 
     Raises:
-        ConfigError: an unknown term or setting, or a term whose needs the data or the model cannot meet.
+        ConfigError: an unknown term or setting, a term whose needs the data or the model cannot meet, or phases that do not fit.
     """
 
     default_terms: ClassVar[Mapping[str, Term]] = {}
@@ -74,6 +81,8 @@ class AdversarialFineTuning(ClipModule):
         trainable: TrainableSpec = TrainableSpec(),  # noqa: B008  (frozen)
         text_transform: TextTransformSpec | None = None,
         teacher: ModelSpec | None = None,
+        phases: list[Phase] | None = None,
+        warm_start: WarmStart | None = None,
     ) -> None:
         super().__init__(
             clip, optimizer, val_attack=val_attack, logit_scale=logit_scale, templates=templates, seed=seed, trainable=trainable,
@@ -90,6 +99,10 @@ class AdversarialFineTuning(ClipModule):
         self.teacher_spec = teacher
         self._teacher: tuple[ZeroShotModel, ...] = ()  # a tuple keeps it out of the optimiser, of DDP and of the checkpoint
         self.last_adversarial_BCHW: Tensor | None = None
+        self.phases = phases or []
+        check_order(self.phases)
+        self._attacks = {phase.until: attack_in(phase, attack) for phase in self.phases if phase.attack}
+        self.perturbations = PerturbationStore(warm_start) if warm_start else None
 
     def setup(self, stage: str) -> None:
         """Checks needs and builds the teacher.
@@ -110,8 +123,19 @@ class AdversarialFineTuning(ClipModule):
         coupled = [name for name, term in self.terms.items() if term.couples_batch]
         if coupled and self.trainer.accumulate_grad_batches > 1:
             raise ConfigError(f"{coupled[0]} is defined on the whole batch: accumulate_grad_batches must be 1; raise batch_size instead.")
+        check_sight(self.phases, self.model.visual, "tokens" in self.needs)
         if self.needs & TEACHER_NEEDS and not self._teacher:
             self._teacher = (self._load_teacher(),)
+
+    def on_train_start(self) -> None:
+        """Phases need a run with an end.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        super().on_train_start()
+        if self.phases and math.isinf(self.trainer.estimated_stepping_batches):
+            raise ConfigError("phases end at shares of the run: set trainer.max_steps, or trainer.max_epochs with data of known length.")
 
     def _load_teacher(self) -> ZeroShotModel:
         teacher = load_model(self.teacher_spec or self.spec).requires_grad_(False)
@@ -180,22 +204,39 @@ class AdversarialFineTuning(ClipModule):
         """An objective on the student's encoding: ``loss(encoding, rows)``, one value a sample."""
         return EncodingObjective(self.model, loss)
 
+    @property
+    def phase(self) -> Phase:
+        """What differs from the settings in this step."""
+        return phase_at(self.phases, self.global_step, self.trainer.estimated_stepping_batches) if self.phases else PLAIN
+
     def perturb(self, targets: Targets) -> Adversarial | None:
-        """The adversarial images of this step; none where the method has no attack."""
-        if self.attack is None:
+        """The adversarial images of this step; none where the method, or the phase, has no attack."""
+        phase = self.phase
+        attack = self._attacks[phase.until] if phase.attack else None if phase.clean else self.attack
+        if attack is None:
             return None
         keys_B = sample_keys(self.seed, self.current_epoch, targets.index)
-        return self.attack(self.objective(targets), targets.images, keys_B)
+        if self.perturbations is not None:
+            return self.perturbations.attack(attack, lambda: self.objective(targets), targets.images, targets.index, keys_B)
+        return attack(self.objective(targets), targets.images, keys_B)
+
+    def seeing_less(self, phase: Phase) -> AbstractContextManager[None]:
+        """What of the image the student's tower sees in this step, in the attack as in the training forward; a teacher sees all."""
+        if not phase.sees_less:
+            return nullcontext()
+        kept_M = kept_patches(phase, self.model.visual, self.seed, self.global_step)
+        return reduced(self.model.visual, phase.resolution, kept_M)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Targets, attack, views, and the weighted sum of the terms."""
         self._images_BCHW, self._index_B = batch.images, batch.index
-        with naming_out_of_memory(f"a training step with {getattr(self.attack, 'steps', 0)} attack steps", batch.images):
+        doing = f"a training step with {getattr(self.attack, 'steps', 0)} attack steps"
+        with naming_out_of_memory(doing, batch.images), self.seeing_less(self.phase):
             targets = self.targets(batch)
             views = self.views(targets)
             adversarial = self.perturb(targets)
-            targets.adversarial_BCHW = None if adversarial is None else adversarial.x_BCHW
-            views.open(targets.images, targets.adversarial_BCHW)
+            targets.adversarial_BCHW = targets.images if adversarial is None else adversarial.x_BCHW
+            views.open(targets.images, None if adversarial is None else adversarial.x_BCHW)
             losses = {name: term(targets, views) for name, term in self.terms.items()}
             total = torch.stack([self.terms[name].weight_at(self.global_step) * loss for name, loss in losses.items()]).sum()
         self._log_step(targets, views, adversarial, losses, total)
@@ -222,7 +263,12 @@ class AdversarialFineTuning(ClipModule):
             )
         for name, value in values.items():
             self.log(name, value, batch_size=len(targets.images), prog_bar=name in IN_THE_BAR)
-        self.last_adversarial_BCHW = targets.adversarial_BCHW
+        self.last_adversarial_BCHW = None if adversarial is None else adversarial.x_BCHW.detach()
+
+    def on_after_backward(self) -> None:
+        """Free adversarial training: the gradient that is there moves the perturbations, too."""
+        if self.perturbations is not None:
+            self.perturbations.after_backward()
 
     def optimised(self) -> list[tuple[str, nn.Parameter]]:
         """Everything that learns, but for terms that step by themselves."""
@@ -257,9 +303,11 @@ class AdversarialFineTuning(ClipModule):
         return None if eps is None else float(eps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds which teacher there was."""
+        """Adds which teacher there was, and the perturbations that attacks go on from."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["aft"]["teacher_sha256"] = self._teacher_hash()
+        if self.perturbations is not None:
+            checkpoint["perturbations"] = self.perturbations.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to go on from a checkpoint of another run, or with another teacher.
@@ -271,6 +319,8 @@ class AdversarialFineTuning(ClipModule):
         super().on_load_checkpoint(checkpoint)
         if self.trainer.state.fn == "fit":
             refuse_another_teacher(checkpoint.get("aft", {}).get("teacher_sha256"), self._teacher_hash())
+            if self.perturbations is not None and "perturbations" in checkpoint:
+                self.perturbations.load(checkpoint["perturbations"])
 
     def _teacher_hash(self) -> str | None:
         return self._teacher[0].record.sha256 if self._teacher else None

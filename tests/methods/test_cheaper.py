@@ -1,0 +1,421 @@
+"""Cheaper adversarial training: phases, fewer patches and pixels, warm starts, free replay. What each computes, its limits, its resume."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from aft.attacks import FGSM, PGD, ClassificationObjective, sample_keys
+from aft.clip import ModelSpec, ZeroShotModel, weights
+from aft.clip.enlarge import regrid
+from aft.clip.reduced import patches_at, positions_at, reduced
+from aft.errors import ConfigError, RunError
+from aft.methods import ContrastivePretraining, OptimizerSpec, Phase, TeCoA, WarmStart
+from aft.methods.perturbations import PerturbationStore
+from aft.methods.phases import PLAIN, kept_patches, phase_at
+from datamodules import Sample
+from tests.conftest import Calls, MemoryData, make_trainer
+from tests.methods.recipes import RECIPES, build
+
+PGD2 = PGD(eps="8/255", step_size="4/255", steps=2)
+FREE = WarmStart(free=True, capacity=64)
+
+
+def tecoa(**settings: Any) -> TeCoA:
+    """TeCoA on the tiny model, at a rate at which everything moves."""
+    defaults: dict[str, Any] = {"attack": PGD2, "optimizer": OptimizerSpec(name="sgd", lr=0.1, schedule="constant")}
+    return TeCoA(ModelSpec("tiny"), **(defaults | settings))
+
+
+def sample(**settings: Any) -> Sample:
+    """Real photographs with the loader of real runs."""
+    return Sample(batch_size=16, holdout=0, train_classes=["cat", "dog", "ship"], **({"augment": "crop_flip"} | settings))
+
+
+def trained(folder: Path, method: TeCoA, data: L.LightningDataModule, steps: int = 4, **settings: Any) -> dict[str, Tensor]:
+    """The weights after so many steps."""
+    make_trainer(folder, max_steps=steps, limit_val_batches=0, **settings).fit(method, datamodule=data)
+    return {name: value.clone() for name, value in method.model.state_dict().items()}
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """To the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- phases ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_phase_is_a_share_of_the_steps() -> None:
+    """Boundaries are whole steps; after the last phase nothing differs."""
+    phases = [Phase(until=0.3, clean=True), Phase(until=0.7, attack={"steps": 1})]
+    assert [(p := phase_at(phases, step, 10)).until for step in range(10)] == [0.3] * 3 + [0.7] * 4 + [1.0] * 3 and p is PLAIN
+    assert phase_at([], 0, 10) is PLAIN
+
+
+@pytest.mark.parametrize("phases", [[Phase(until=1.0)], [Phase(until=0.5, attack={"steps": 2}), Phase(until=0.75, drop_patches=0.0)],
+                                    [Phase(until=1.0, resolution=32)]])  # fmt: skip
+def test_phases_that_change_nothing_are_plain_training(phases: list[Phase], tmp_path: Path) -> None:
+    """To the bit: the limit of a schedule."""
+    plain = trained(tmp_path, tecoa(), sample())
+    assert equal(plain, trained(tmp_path, tecoa(phases=phases), sample()))
+
+
+def test_each_phase_has_its_own_attack(data: MemoryData, tmp_path: Path) -> None:
+    """Clean, then one small step, then the method's own: encoder calls and the size of the perturbation in every step."""
+    method = tecoa(phases=[Phase(until=0.25, clean=True), Phase(until=0.5, attack={"steps": 1, "eps": "2/255", "step_size": "2.5/255"})])
+    calls, seen = Calls(method.model.visual), []
+
+    class Look(L.Callback):
+        """After each step."""
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            x = pl_module.last_adversarial_BCHW
+            seen.append((calls.count, 0.0 if x is None else round(float((x - batch.images).abs().max()) * 255, 2)))
+
+    trained(tmp_path, method, data, steps=4, max_epochs=-1, callbacks=[Look()])
+    assert seen == [(1, 0.0), (3, 2.0), (6, 8.0), (9, 8.0)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_method_takes_every_option(name: str, data: MemoryData, tmp_path: Path) -> None:
+    """Clean, weaker, and free steps; fewer patches and pixels where no patch tokens are compared. All trained weights stay finite."""
+    less = {} if "tga" in name else {"drop_patches": 0.5, "resolution": 16}
+    phases = [Phase(until=0.34, clean=True), Phase(until=0.67, attack={"steps": 1}, **less)]
+    method = build(name, ModelSpec("tiny"), phases=phases, warm_start=FREE)
+    before = copy.deepcopy(method.model.visual.state_dict())
+    after = trained(tmp_path, method, data, steps=3)
+    assert all(value.isfinite().all() for value in after.values())
+    assert any(not torch.equal(before[key], after[f"clip.visual.{key}"]) for key in before)
+
+
+def test_pretraining_without_an_attack_takes_phases(data: MemoryData, tmp_path: Path) -> None:
+    """What sees less needs no attack."""
+    method = ContrastivePretraining(ModelSpec("tiny", "random"), phases=[Phase(until=0.5, drop_patches=0.5)])
+    make_trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(method, datamodule=data)
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"until": 0.0}, "outside"), ({"until": 1.5}, "outside"), ({"until": 1.0, "drop_patches": 1.0}, "outside"),
+    ({"until": 1.0, "clean": True, "attack": {"steps": 1}}, "one of the two"),
+])  # fmt: skip
+def test_a_phase_out_of_range(settings: dict[str, Any], words: str) -> None:
+    """Named with what is allowed."""
+    with pytest.raises(ConfigError, match=words):
+        Phase(**settings)
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"phases": [Phase(until=0.5), Phase(until=0.5)]}, "later than the one before"),
+    ({"phases": [Phase(until=0.5, attack={"step": 1})]}, "did you mean 'steps'"),
+    ({"phases": [Phase(until=0.5, attack={"steps": 0})]}, "steps"),
+])  # fmt: skip
+def test_phases_that_cannot_be(settings: dict[str, Any], words: str) -> None:
+    """Refused when the method is built."""
+    with pytest.raises(ConfigError, match=words):
+        tecoa(**settings)
+
+
+def test_phases_of_a_run_that_do_not_fit_its_tower_terms_or_end(data: MemoryData, tmp_path: Path) -> None:
+    """Refused before the first step."""
+    for method, words in [
+        (tecoa(phases=[Phase(until=0.5, resolution=20)]), "take one of 8, 16, 24, 32"),
+        (build("tga_zsr", ModelSpec("tiny"), phases=[Phase(until=0.5, drop_patches=0.5)]), "compare patch tokens"),
+        (tecoa(phases=[Phase(until=0.5, clean=True)]), "set trainer.max_steps"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            make_trainer(tmp_path, max_steps=-1, max_epochs=-1, limit_val_batches=0).fit(method, datamodule=data)
+    with pytest.raises(ConfigError, match="there is none"):
+        ContrastivePretraining(ModelSpec("tiny", "random"), phases=[Phase(until=0.5, attack={"steps": 1})])
+
+
+# --- a tower that sees less ---------------------------------------------------------------------------------------------------------------
+
+
+def test_fewer_pixels_are_the_tower_of_that_size(model: ZeroShotModel) -> None:
+    """As if the weights had been loaded for smaller images: open_clip's own interpolation is the outside reference."""
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    smaller = copy.deepcopy(model.clip)
+    with pytest.warns(UserWarning, match="interpolated"):
+        regrid(smaller, 16)
+    pixels = torch.nn.functional.interpolate(model.pixels(images), size=(16, 16), mode="bicubic", antialias=True)
+    with reduced(model.visual, 16):
+        torch.testing.assert_close(model.encode(images).embedding_BD, smaller.visual(pixels), rtol=0, atol=1e-6)
+
+
+def test_fewer_patches_are_a_tower_that_was_never_given_the_others(model: ZeroShotModel) -> None:
+    """Written out by hand; and dropped patches have no gradient."""
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    kept = torch.tensor([0, 5, 10])
+    tower: Any = model.visual
+    tokens = tower._embeds(model.pixels(images))  # its ln_pre works on each token alone
+    expected = tower._pool(tower.transformer(tokens[:, [0, 1, 6, 11]]))[0] @ tower.proj
+    with reduced(tower, kept_M=kept):
+        found = model.encode(images).embedding_BD
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found.sum(), images)
+    patches = gradient.unfold(2, 8, 8).unfold(3, 8, 8).abs().amax(dim=(0, 1, 4, 5)).flatten()
+    assert (patches.nonzero().flatten() == kept).all()
+
+
+def test_positions_learn_through_the_interpolation_and_the_tower_is_as_before(model: ZeroShotModel) -> None:
+    """Same parameters in the same order afterwards, also where the forward fails."""
+    names = [name for name, _ in model.visual.named_parameters()]
+    images = torch.rand(2, 3, 32, 32)
+    whole = model.encode(images).embedding_BD
+    with reduced(model.visual, 16, torch.tensor([1, 2])):
+        model.encode(images).embedding_BD.sum().backward()
+        with pytest.raises(RuntimeError):
+            model.visual(torch.rand(2, 5, 32, 32))
+        assert [name for name, _ in model.visual.named_parameters()] == names
+    gradient = model.visual.positional_embedding.grad
+    assert gradient is not None and gradient.abs().sum() > 0
+    assert isinstance(model.visual.positional_embedding, torch.nn.Parameter)
+    assert torch.equal(model.encode(images).embedding_BD, whole)
+    assert torch.allclose(positions_at(model.visual.positional_embedding, 4), model.visual.positional_embedding, atol=1e-6)
+
+
+def test_the_attack_sees_what_training_sees_and_the_teacher_sees_all(data: MemoryData, tmp_path: Path) -> None:
+    """Tokens of every forward in a step of FARE: two attack forwards and one trained one of 4 kept patches, the teacher's of all 16."""
+    method = build("fare", ModelSpec("tiny"), phases=[Phase(until=1.0, drop_patches=0.75)])
+    student, teacher = [], []
+    method.model.visual.transformer.register_forward_pre_hook(lambda module, inputs: student.append(inputs[0].shape[1]))
+    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    load = method._load_teacher
+
+    def watched() -> ZeroShotModel:
+        """The teacher, with its tokens counted."""
+        found = load()
+        found.visual.transformer.register_forward_pre_hook(lambda module, inputs: teacher.append(inputs[0].shape[1]))
+        return found
+
+    method._load_teacher = watched  # type: ignore[method-assign]
+    trainer.fit(method, datamodule=data)
+    assert student == [5, 5, 5] and teacher == [17]
+
+
+def test_kept_patches_are_counted_noise(model: ZeroShotModel) -> None:
+    """A function of seed and step; every patch has its turn; no global generator is moved."""
+    phase, before = Phase(until=1.0, drop_patches=0.75), torch.get_rng_state()
+    chosen = [kept_patches(phase, model.visual, 0, step) for step in range(200)]
+    assert all(c is not None and len(c) == 4 and (c.diff() > 0).all() for c in chosen)
+    assert torch.equal(before, torch.get_rng_state())
+    counts = torch.stack([c for c in chosen if c is not None]).flatten().bincount(minlength=16)
+    assert counts.min() > 25 and counts.max() < 80  # 50 each on average, standard deviation 6
+    again = kept_patches(phase, model.visual, 0, 7)
+    assert again is not None and torch.equal(again, chosen[7]) and not torch.equal(again, kept_patches(phase, model.visual, 1, 7))  # type: ignore[arg-type]
+    assert kept_patches(Phase(until=1.0), model.visual, 0, 7) is None
+    tiniest = kept_patches(Phase(until=1.0, drop_patches=0.999), model.visual, 0, 7)
+    assert tiniest is not None and len(tiniest) == 1
+
+
+def test_a_tower_that_cannot_see_less_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ResNet; a ViT that drops patches by itself."""
+    for clip in (
+        {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}},
+        {"vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16, "patch_dropout": 0.5}},
+    ):
+        text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+        visual = weights.build_clip({"embed_dim": 16, **clip, "text_cfg": text}).visual
+        with pytest.raises(ConfigError, match="cannot see fewer pixels"):
+            patches_at(visual)  # type: ignore[arg-type]
+
+
+# --- warm starts --------------------------------------------------------------------------------------------------------------------------
+
+
+def objective_of(model: ZeroShotModel, labels: Tensor) -> ClassificationObjective:
+    """Cross-entropy over a fixed bank."""
+    text = model.text_bank(["cat", "dog", "ship"], ["a photo of a {}."])
+    return ClassificationObjective(lambda x: model(x, text), labels, modules=(model,))
+
+
+def test_two_warm_steps_are_one_attack_of_two_steps(model: ZeroShotModel, data: MemoryData) -> None:
+    """What an attack of one step leaves is where the next begins: without momentum they add up to the attack of two steps."""
+    batch = data.batches()[0]
+    keys, objective = sample_keys(0, 0, batch.index), objective_of(model, batch.labels)  # type: ignore[arg-type]
+    one, store = PGD(eps="8/255", step_size="4/255", steps=1), PerturbationStore(WarmStart(capacity=8))
+    for _ in range(2):
+        found = store.attack(one, lambda: objective, batch.images, batch.index, keys)
+    whole = PGD2(objective, batch.images, keys).x_BCHW
+    assert (found.x_BCHW - whole).abs().max() < 8 / 255 * 2e-3  # kept in half precision
+    first = one(objective, batch.images, keys).x_BCHW
+    assert (first - whole).abs().max() > 1 / 255
+
+
+def test_a_perturbation_belongs_to_the_pixels_it_was_made_for(model: ZeroShotModel, data: MemoryData) -> None:
+    """Mirrored, or another sample with the same pixels: the attack begins as without a store."""
+    batch = data.batches()[0]
+    keys, store, attack = sample_keys(0, 1, batch.index), PerturbationStore(WarmStart(capacity=16)), PGD2
+    store.put(batch.images, batch.index, torch.full_like(batch.images, 0.01))
+    fresh = attack.start(batch.images, keys)
+    assert torch.allclose(store.starts(attack, batch.images, batch.index, keys), batch.images + 0.01, atol=1e-4)
+    mirrored = batch.images.flip(3)
+    assert torch.equal(store.starts(attack, mirrored, batch.index, keys), attack.start(mirrored, keys))
+    assert torch.equal(store.starts(attack, batch.images, batch.index + 100, keys), fresh)
+
+
+def test_the_store_keeps_the_newest(data: MemoryData) -> None:
+    """Two batches of eight in a store of twelve: the first four of the first are gone, and a second put of a batch replaces the first."""
+    first, second, _ = data.batches()
+    store, attack = PerturbationStore(WarmStart(capacity=12)), PGD(eps="8/255", step_size="4/255", steps=1, random_start=False)
+    store.put(first.images, first.index, torch.full_like(first.images, 0.01))
+    store.put(second.images, second.index, torch.full_like(second.images, 0.02))
+    kept = (store.starts(attack, first.images, first.index, first.index) - first.images).amax(dim=(1, 2, 3))
+    assert torch.allclose(kept, torch.tensor([0.0] * 4 + [0.01] * 4), atol=1e-4)
+    store.put(first.images[:4], first.index[:4], torch.full_like(first.images[:4], 0.03))
+    store.put(first.images[:4], first.index[:4], torch.full_like(first.images[:4], 0.04))
+    newest = (store.starts(attack, first.images[:4], first.index[:4], first.index[:4]) - first.images[:4]).amax(dim=(1, 2, 3))
+    assert torch.allclose(newest, torch.full((4,), 0.04), atol=1e-4)
+    with pytest.raises(ConfigError, match="less than the 8 images of a step"):
+        PerturbationStore(WarmStart(capacity=7)).put(first.images, first.index, first.images)
+    with pytest.raises(ConfigError, match="capacity = 0"):
+        WarmStart(capacity=0)
+
+
+def test_only_pgd_begins_at_given_points(data: MemoryData, tmp_path: Path) -> None:
+    """Another attack is named, in training and by the attack itself."""
+    with pytest.raises(ConfigError, match="goes with aft.attacks.PGD"):
+        trained(tmp_path, tecoa(attack=FGSM(eps="8/255"), warm_start=WarmStart()), data)
+
+
+# --- free -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_free_is_one_pass_and_the_step_that_its_gradient_tells(data: MemoryData, tmp_path: Path) -> None:
+    """One forward a step. By hand: descend on the weights at the perturbed images, ascend on the images by the same gradient."""
+    method = tecoa(warm_start=FREE, optimizer=OptimizerSpec(name="sgd", lr=0.05, momentum=0.0, weight_decay=0.0, schedule="constant"))
+    model, batch = copy.deepcopy(method.model), data.batches()[0]
+    data.batches = lambda: [batch] * 3  # type: ignore[method-assign]  # a replay
+    text = model.text_bank(data.class_lists["train"], data.templates)
+    keys, learning = sample_keys(0, 0, batch.index), [p for p in model.visual.parameters()]
+    x = PGD2.start(batch.images, keys)
+    for _ in range(3):
+        leaf = x.detach().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(model(leaf, text), batch.labels)  # type: ignore[arg-type]
+        *slopes, uphill = torch.autograd.grad(loss, [*learning, leaf])
+        with torch.no_grad():
+            for weight, slope in zip(learning, slopes, strict=True):
+                weight -= 0.05 * slope
+            change = (batch.images + (leaf - batch.images) + 4 / 255 * uphill.sign() - batch.images).clamp(-8 / 255, 8 / 255)
+            x = (batch.images + ((batch.images + change).clamp(0, 1) - batch.images).half()).clamp(0, 1)
+    calls = Calls(method.model.visual)
+    after = trained(tmp_path, method, data, steps=3)
+    assert calls.count == 3
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(after[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_free_perturbations_grow_in_the_ball(tmp_path: Path) -> None:
+    """Over replays of a batch, for L-inf and L2: inside ball and box, and the loss at the perturbed images rises above the clean one."""
+    for attack in (PGD2, PGD(eps=0.5, relative_step_size=0.5, steps=1, norm="l2")):
+        method = tecoa(attack=attack, warm_start=FREE, optimizer=OptimizerSpec(name="sgd", lr=1e-9, schedule="constant"))
+        seen: list[Tensor] = []
+
+        class Look(L.Callback):
+            """After each step."""
+
+            def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, seen=seen) -> None:
+                x = pl_module.last_adversarial_BCHW
+                assert not x.requires_grad and x.min() >= 0 and x.max() <= 1
+                change = (x - batch.images).flatten(1).double()
+                order = float("inf") if pl_module.attack.norm == "linf" else 2
+                assert torch.linalg.vector_norm(change, order, dim=1).max() <= pl_module.attack.eps * (1 + 1e-6)
+                seen.append(outputs["loss"])
+
+        trained(tmp_path, method, sample(replay=4), steps=4, callbacks=[Look()])
+        assert seen[0] < seen[1] < seen[3]
+
+
+def test_free_without_a_term_that_looks_at_adversarial_images(data: MemoryData, tmp_path: Path) -> None:
+    """Said, not silently clean training."""
+    method = tecoa(warm_start=FREE, terms={"alignment": {"image": "clean"}})
+    with pytest.raises(ConfigError, match="no term looks at the adversarial images"):
+        trained(tmp_path, method, data)
+
+
+# --- resume -------------------------------------------------------------------------------------------------------------------------------
+
+CHEAP: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Any]]]] = {
+    "phases": lambda: (
+        {"phases": [Phase(until=0.3, clean=True), Phase(until=0.6, attack={"steps": 1}, drop_patches=0.5, resolution=24)]}, {}),
+    "warm_start": lambda: ({"warm_start": WarmStart(capacity=32), "attack": PGD(eps="8/255", step_size="4/255", steps=1)}, {"replay": 2}),
+    "free": lambda: ({"warm_start": FREE}, {"replay": 3}),
+}  # fmt: skip
+
+
+class StopAfter(L.Callback):
+    """Ends a run after so many steps, without changing how long it is meant to be."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Where it is time."""
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+@pytest.mark.parametrize("kind", CHEAP)
+def test_interrupted_is_uninterrupted(kind: str, tmp_path: Path) -> None:
+    """Eight steps, and the same with stops in the middle of a phase and of a replay, end in the same weights, to the bit."""
+
+    def run(folder: str, stops: list[int]) -> dict[str, Tensor]:
+        checkpoint = None
+        for stop in stops:
+            method_settings, data_settings = CHEAP[kind]()
+            method = tecoa(**method_settings)
+            saver = ModelCheckpoint(tmp_path / folder, filename=str(stop), every_n_train_steps=stop)
+            trainer = make_trainer(tmp_path / folder, max_steps=8, limit_val_batches=0, enable_checkpointing=True,
+                                   callbacks=[saver, StopAfter(stop)])  # fmt: skip
+            trainer.fit(method, datamodule=sample(**data_settings), ckpt_path=checkpoint)
+            assert trainer.global_step == stop
+            checkpoint = str(tmp_path / folder / f"{stop}.ckpt")
+        return {name: value.clone() for name, value in method.model.state_dict().items()}
+
+    assert equal(run("whole", [8]), run("parts", [1, 4, 8]))
+
+
+def test_a_store_of_another_capacity_begins_empty(data: MemoryData) -> None:
+    """Its places would mean other numbers."""
+    batch = data.batches()[0]
+    store = PerturbationStore(WarmStart(capacity=8))
+    store.put(batch.images, batch.index, batch.images)
+    same, other = PerturbationStore(WarmStart(capacity=8)), PerturbationStore(WarmStart(capacity=9))
+    same.load(store.state())
+    other.load(store.state())
+    assert same.count == 8 and other.count == 0
+
+
+def test_replay_1_is_off_and_replay_repeats_each_batch(tmp_path: Path) -> None:
+    """The same batches with the same augmentation, each so often; the length of a pass says so; the loader goes on inside a replay."""
+    plain, once, thrice = (sample(**settings).train_dataloader() if not sample(**settings).setup("fit") else None
+                           for settings in ({}, {"replay": 1}, {"replay": 3}))  # fmt: skip
+    assert plain is not None and once is not None and thrice is not None
+    first, same, repeated = list(plain), list(once), list(thrice)
+    assert all(torch.equal(a.images, b.images) for a, b in zip(first, same, strict=True)) and plain.state_dict() == once.state_dict()
+    assert len(repeated) == len(thrice) == 3 * len(first)
+    assert all(torch.equal(repeated[place].images, first[place // 3].images) for place in range(len(repeated)))
+    going = iter(thrice)
+    for _ in range(4):
+        next(going)
+    state = thrice.state_dict()
+    other = sample(replay=3)
+    other.setup("fit")
+    resumed = other.train_dataloader()
+    resumed.load_state_dict(state)
+    rest = list(resumed)
+    assert len(rest) == len(repeated) - 4 and all(torch.equal(a.images, b.images) for a, b in zip(rest, repeated[4:], strict=True))
+    changed = sample(replay=2)
+    changed.setup("fit")
+    loader = changed.train_dataloader()
+    loader.load_state_dict(state)
+    with pytest.raises(RunError, match="replay"):
+        next(iter(loader))
