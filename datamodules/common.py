@@ -6,6 +6,7 @@ import lightning
 
 from aft.errors import ConfigError, unknown_name
 from datamodules.augment import Augment
+from datamodules.zero_shot_table import table
 
 PROMPT = ("a photo of a {}.",)
 
@@ -24,14 +25,18 @@ class ImageData(lightning.LightningDataModule):
         max_bad_share: largest share of damaged images to skip, 0 to 1; more is an error.
         num_workers: processes that make training batches; worth it only when images are not held in memory.
         replay: how often each training batch comes, in a row (free adversarial training); a pass has so many times as many steps.
+        terms: of use of the images, such as their licence, for checkpoints and the model cards of exports; none: what is known of a set
+            of this name (``zero_shot_data/sets.json``).
 
     Raises:
         ConfigError: a setting is out of range.
     """
 
+    name = "images"
+
     def __init__(self, *, batch_size: int = 128, augment: Augment = "flip", padding: int = 4, seed: int = 0,
                  image_size: int | None = None, templates: tuple[str, ...] = PROMPT, cache_bytes: int = 4 * 2**30,
-                 max_bad_share: float = 0.01, num_workers: int = 0, replay: int = 1) -> None:
+                 max_bad_share: float = 0.01, num_workers: int = 0, replay: int = 1, terms: str | None = None) -> None:
         super().__init__()
         check_least(batch_size=(batch_size, 1), padding=(padding, 0), seed=(seed, 0), cache_bytes=(cache_bytes, 0),
                     max_bad_share=(max_bad_share, 0), num_workers=(num_workers, 0), replay=(replay, 1))
@@ -42,6 +47,13 @@ class ImageData(lightning.LightningDataModule):
         self.batch_size, self.augment, self.padding, self.seed = batch_size, augment, padding, seed
         self.image_size, self.templates, self.cache_bytes = image_size, tuple(templates), cache_bytes
         self.max_bad_share, self.num_workers, self.replay = max_bad_share, num_workers, replay
+        self.given_terms = terms
+
+    @property
+    def terms(self) -> str | None:
+        """On what terms the images may be used; none where nobody said."""
+        known = table().get(self.name)
+        return self.given_terms or (None if known is None else known.terms)
 
     def place(self) -> tuple[int, int]:
         """Rank of this process, and how many there are; (0, 1) without a trainer."""

@@ -12,6 +12,7 @@ import webdataset
 
 from aft.errors import DataError
 from datamodules.base import LabelledImages, Listing
+from datamodules.zero_shot_table import table
 
 DATA = Path(__file__).parent / "sample_data"
 
@@ -65,6 +66,11 @@ class Sample(LabelledImages):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._sources: dict[str, ShardSource] = {}
+
+    @property
+    def terms(self) -> str | None:
+        """Those of CIFAR-10, which the photographs are from."""
+        return self.given_terms or table()["cifar10"].terms
 
     @cached_property
     def _classes(self) -> tuple[tuple[str, ...], ...]:

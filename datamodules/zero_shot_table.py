@@ -58,6 +58,7 @@ class ZeroShotSet:
         family: sets of one family share classes or images: who was trained on one has seen something of the others.
         layout: what lies where below the root, for messages.
         url: where it comes from.
+        licence: what is known of its terms; ``(m)`` at the end: from memory.
     """
 
     id: str
@@ -77,10 +78,17 @@ class ZeroShotSet:
     family: str
     layout: str
     url: str
+    licence: str
 
     def templates(self, kind: Templates) -> tuple[str, ...]:
         """The one template, or the set's list of them."""
         return (self.single,) if kind == "single" else tuple(content("templates.json")[self.ensemble])
+
+    @property
+    def terms(self) -> str:
+        """The licence, as a sentence for people who do not know the table."""
+        known = self.licence.removesuffix(" (m)")
+        return known if known == self.licence else f"{known} (from memory: ask the source)"
 
     @property
     def given_names(self) -> Mapping[str, str] | tuple[str, ...] | None:

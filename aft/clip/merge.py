@@ -18,6 +18,7 @@ from torch import Tensor
 from aft.clip.files import load_strictly
 from aft.clip.model import ZeroShotModel, state_hash
 from aft.clip.pack import pack_tower
+from aft.clip.training_data import UNSAID, DataUse, joined
 from aft.clip.weights import ModelSpec, load_model
 from aft.errors import AftError, ConfigError, WeightsError
 
@@ -47,7 +48,8 @@ def add_task_vectors(base: ZeroShotModel, tuned: Sequence[tuple[ZeroShotModel, f
         for name, value in model.visual.state_dict().items():
             if value.is_floating_point():
                 merged[name] = value.clone() if factor == 1 and len(tuned) == 1 else merged[name] + factor * (value - origin[name])
-    return _with_tower(base, merged, "+".join(f"{factor:g}*{model.record.sha256[:8]}" for model, factor in tuned))
+    recipe = "+".join(f"{factor:g}*{model.record.sha256[:8]}" for model, factor in tuned)
+    return _with_tower(base, merged, recipe, joined(base.record.data, *(model.record.data or (UNSAID,) for model, _ in tuned)))
 
 
 def interpolate(base: ZeroShotModel, tuned: ZeroShotModel, share: float) -> ZeroShotModel:
@@ -70,11 +72,13 @@ def _refuse_another(base: ZeroShotModel, model: ZeroShotModel) -> None:
         raise WeightsError(f"{model.record.name} differs from the base in {name}: {others.get(name)} against {shapes.get(name)}.")
 
 
-def _with_tower(base: ZeroShotModel, state: Mapping[str, Tensor], recipe: str) -> ZeroShotModel:
-    """A copy of the base with another image tower; its sha256 is that of its tensors."""
+def _with_tower(base: ZeroShotModel, state: Mapping[str, Tensor], recipe: str, data: tuple[DataUse, ...]) -> ZeroShotModel:
+    """A copy of the base with another image tower, which these data made; its sha256 is that of its tensors."""
     clip = copy.deepcopy(base.clip)
     load_strictly(clip.get_submodule("visual"), state, recipe)
-    record = replace(base.record, layout="merged", sha256=state_hash(clip), base_sha256=base.record.sha256, method=f"merge({recipe})")
+    record = replace(
+        base.record, layout="merged", sha256=state_hash(clip), base_sha256=base.record.sha256, method=f"merge({recipe})", data=data
+    )
     return ZeroShotModel(clip, base.tokenizer, record, base.text_transform).eval()
 
 

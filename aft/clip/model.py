@@ -20,6 +20,7 @@ from aft.clip.prompts import fill_templates, text_hash
 from aft.clip.stages import Stages
 from aft.clip.text_transform import TextTransform
 from aft.clip.towers import encode_with_tokens
+from aft.clip.training_data import DataUse
 from aft.errors import ConfigError, InputError
 
 TEXTS_AT_ONCE = 512
@@ -45,6 +46,7 @@ class ModelRecord:
         text_transform: what happens to class texts: ``identity``, ``expansion`` or ``residual`` (:mod:`aft.clip.text_transform`).
         trainable: what the fine-tuning trained (:class:`aft.clip.trainable.TrainableSpec`'s settings); none for a base model.
         prompts: settings of the visual prompts that are part of the tower; none for a plain one.
+        data: what it was trained on, as far as it is known (:mod:`aft.clip.training_data`); empty where nothing is.
     """
 
     name: str
@@ -62,6 +64,7 @@ class ModelRecord:
     text_transform: str = "identity"
     trainable: dict[str, object] | None = None
     prompts: dict[str, object] | None = None
+    data: tuple[DataUse, ...] = ()
 
 
 @dataclass(frozen=True)

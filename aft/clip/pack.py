@@ -76,7 +76,8 @@ def stored(state: Mapping[str, Tensor], half: bool = False) -> dict[str, Tensor]
 def save(state: Mapping[str, Tensor], record: ModelRecord, file: Path, half: bool = True) -> str:
     """One safetensors file that all may read, with the recipe in its metadata; its sha256."""
     recipe = {"method": record.method, "eps_trained": str(record.eps_trained), "base_sha256": str(record.base_sha256)}
-    metadata = {"format": "pt"} | {f"aft.{key}": value for key, value in recipe.items()}
+    told = {"data": json.dumps(record.data, ensure_ascii=False)} if record.data else {}
+    metadata = {"format": "pt"} | {f"aft.{key}": value for key, value in {**recipe, **told}.items()}
     save_file(stored(state, half), file, metadata=metadata)
     file.chmod(0o644)
     return file_hash(file)

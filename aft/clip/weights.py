@@ -32,6 +32,7 @@ from aft.clip.layouts import Layout, detect
 from aft.clip.model import ModelRecord, ZeroShotModel, state_hash
 from aft.clip.text_transform import stored_transform
 from aft.clip.trainable import as_trained
+from aft.clip.training_data import TRAINED_ON, UNSAID, DataUse, data_in, joined
 from aft.errors import ConfigError, WeightsError
 
 CHECKPOINT_KEY = "aft"
@@ -196,14 +197,23 @@ def _over_base(path: Path, layout: Layout, spec: ModelSpec) -> ZeroShotModel:
     base = _load(ModelSpec(spec.name, spec.base, activation=spec.activation))
     text = {key: value for key, value in base.clip.state_dict().items() if not key.startswith("visual.")}
     architecture = Architecture(base.record.config, base.record.mean, base.record.std)
-    model = _filled(path, layout, base.record.name, architecture, spec, text)
+    model = _filled(path, layout, base.record.name, architecture, spec, text, base.record.data)
     return ZeroShotModel(model.clip, base.tokenizer, replace(model.record, base_sha256=base.record.sha256))
 
 
 def _filled(
-    path: Path, layout: Layout, name: str, architecture: Architecture, spec: ModelSpec, text: Mapping[str, Tensor]
+    path: Path,
+    layout: Layout,
+    name: str,
+    architecture: Architecture,
+    spec: ModelSpec,
+    text: Mapping[str, Tensor],
+    before: tuple[DataUse, ...] = (),
 ) -> ZeroShotModel:
-    """A model of this architecture with the layout's tensors over those of ``text``, and nothing missing."""
+    """A model of this architecture with the layout's tensors over those of ``text``, and nothing missing.
+
+    ``before`` is what the weights that it was fine-tuned from were trained on.
+    """
     given = sizes_of_state(layout.state)
     architecture = replace(architecture, config=_at_files_size(architecture.config, given, spec))
     check_fit(given, architecture.config, name, str(path))
@@ -211,6 +221,7 @@ def _filled(
     load_strictly(clip, {**text, **own_names(clip, layout.state)}, str(path))
     record = _record(name, layout.name, file_hash(path), architecture, clip)
     recipe = recipe_in(path)
+    record = replace(record, data=record.data or data_in(recipe, before))
     if recipe.get("method", "none") != "none":
         eps = recipe.get("eps_trained", "None")
         record = replace(record, method=recipe["method"], eps_trained=None if eps == "None" else float(eps))
@@ -250,7 +261,8 @@ def _from_checkpoint(path: Path, contents: Mapping[str, Any], spec: ModelSpec) -
             f"{path}: checkpoint schema {header.get('schema')!r} is not {CHECKPOINT_SCHEMA!r}: read it with the version that wrote it."
         )
     stored = header["model"]
-    record = ModelRecord(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
+    lists = {key: tuple(stored.get(key, ())) for key in ("mean", "std", "data")}
+    record = ModelRecord(**{**stored, **lists})
     clip = build_clip(record.config, spec.patch_dropout)
     with as_trained(clip.get_submodule("visual"), record):
         load_strictly(clip, _below("model.clip.", contents["state_dict"]), str(path))
@@ -265,14 +277,24 @@ def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def checkpoint_header(
-    model: ZeroShotModel, method: str, eps_trained: float | None, trainable: Mapping[str, Any] | None = None
+    model: ZeroShotModel, method: str, eps_trained: float | None, trainable: Mapping[str, Any] | None = None, data: DataUse = UNSAID
 ) -> dict[str, Any]:
-    """What a checkpoint of ours carries beside its tensors: plain types, so that it loads with ``weights_only=True``."""
+    """What a checkpoint of ours carries beside its tensors: plain types, so that it loads with ``weights_only=True``.
+
+    ``data`` is what this training runs on; it comes after that of the weights that it started from.
+    """
     record = model.record
+    before = () if record.layout == "random" else record.data or (UNSAID,)
     base = None if record.layout == "random" else record.sha256
     learned = None if trainable is None else dict(trainable)
     changed = replace(
-        record, method=method, eps_trained=eps_trained, base_sha256=base, trainable=learned, text_transform=model.text_transform.name
+        record,
+        method=method,
+        eps_trained=eps_trained,
+        base_sha256=base,
+        trainable=learned,
+        text_transform=model.text_transform.name,
+        data=joined(before, (data,)),
     )
     return {"schema": CHECKPOINT_SCHEMA, "model": asdict(changed)}
 
@@ -289,6 +311,7 @@ def _record(name: str, layout: str, sha256: str, architecture: Architecture, cli
         std=architecture.std,
         activation=architecture.activation,
         logit_scale=float(clip.get_parameter("logit_scale").detach().exp()),
+        data=TRAINED_ON.get(sha256, ()),
     )
 
 

@@ -19,13 +19,14 @@ from rich.table import Table
 
 from aft.batch import SuiteData
 from aft.cards import Card, write_whole
+from aft.clip.training_data import TRAINED_ON
 from aft.errors import ConfigError, unknown_name
 from aft.evaluation import effort
 from aft.evaluation.published import printed
 from aft.evaluation.report import VERDICT_ORDER, Labelled, eps_text, percent
 
 #: What weights that come with this project were pre-trained on, by their sha256: MiniCLIP-32.
-PRETRAINED_ON = {"25f19f9a1fe265a863f9f8c859b602228a907b514c46c1cada63fc694f240df0": ("tiny_imagenet32",)}
+PRETRAINED_ON = {sha256: tuple(str(use["name"]) for use in data) for sha256, data in TRAINED_ON.items()}
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cards", type=Path, metavar="FOLDER", help="cards of these weights, for the model card")
     made.add_argument("--title", help="of the model card")
     made.add_argument("--license", help="of the weights, as model hubs call it, such as apache-2.0")
-    made.add_argument("--data", help="what it was trained on, and that data's licence: a sentence for the model card")
+    made.add_argument("--data", help="what it was trained on, on what terms: a sentence for the model card; else what the weights say")
     return made
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from aft.cards import Card, lowered, read
 from aft.clip.model import ModelRecord, ZeroShotModel
+from aft.clip.training_data import DataUse
 from aft.errors import DataError
 from aft.export.formats import Format, Head
 
-NOT_STATED = "not stated"
+NOT_STATED, NOT_KNOWN = "not stated", "not known"
 MERGED = "merge("  # how aft.clip.merge begins the method of what it made
 
 ROBUST = """Robust: right on the clean image and under every attack of the protocol. ± is one standard error. A verdict other than
@@ -29,7 +30,7 @@ class Provenance:
     Args:
         title: of the model card; none: model and method.
         licence: identifier of the weights' licence as model hubs know it, such as ``apache-2.0``; none: the card says that it is missing.
-        data: what it was trained on, with that data's licence, in a sentence; none: the card says that it is missing.
+        data: what it was trained on, with that data's licence, in a sentence; none: what the weights say of it, or that it is not known.
     """
 
     title: str | None = None
@@ -85,7 +86,7 @@ def model_card(
         "## Load it\n\nIn this folder:\n\n```python\n" + made.load + "\n```\n" + _usage(model, kind, half),
         "## Figures\n\n" + _figures(cards, model),
         "## How it was made\n\n" + _facts(model, head, half),
-        "## Data and licence\n\n" + _licence(told),
+        "## Data and licence\n\n" + _data(record.data, told) + _licence(told),
         "## Files\n\n| file | sha256 |\n|---|---|\n" + "".join(f"| `{name}` | `{sha}` |\n" for name, sha in files.items()),
     ]
     return "\n".join(parts)
@@ -193,7 +194,17 @@ def _facts(model: ZeroShotModel, head: Head, half: bool) -> str:
     return "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
 
 
+def _data(known: Sequence[DataUse], told: Provenance) -> str:
+    """What was said on the command line; else what the weights say."""
+    if told.data is not None:
+        return f"{told.data}\n"
+    if all(use["name"] is None for use in known):
+        return f"Training data and its licence: {NOT_KNOWN}, the weights do not say; say them here before you pass this on.\n"
+    rows = [" | ".join([NOT_KNOWN if use["name"] is None else f"`{use['name']}`", use["terms"] or NOT_KNOWN]) for use in known]
+    lines = "".join(f"| {row} |\n" for row in rows)
+    return f"Trained on, in this order, as the weights say:\n\n| data | terms of use |\n|---|---|\n{lines}\n"
+
+
 def _licence(told: Provenance) -> str:
-    data = told.data or f"Training data and its licence: {NOT_STATED}; say them here before you pass this on."
     licence = f"Licence of the weights: {told.licence or NOT_STATED + '; say it here before you pass this on'}."
-    return f"{data}\n{licence} The tokenizer's vocabulary, where it is in this folder, is OpenAI's (MIT licence).\n"
+    return f"{licence} The tokenizer's vocabulary, where it is in this folder, is OpenAI's (MIT licence).\n"

@@ -35,7 +35,7 @@ def export(
         head: classes to bake into a graph's logits; none: no logits.
         half: store weights in fp16.
         cards: of these weights (:func:`aft.export.cards_below`); they are shown in README.md and copied to ``cards/``.
-        told: title, licence and training data for README.md; none: README.md says that they are missing.
+        told: title, licence and training data for README.md; none: README.md says what the weights say, or that they are missing.
 
     Returns:
         sha256 of every file but README.md.

@@ -21,6 +21,7 @@ from aft.clip import ModelSpec, TrainableSpec, load_model
 from aft.clip.text_transform import TextTransformSpec, make_transform
 from aft.clip.towers import frozen_to_eval, keep_statistics
 from aft.clip.trainable import make_trainable
+from aft.clip.training_data import data_use
 from aft.clip.weights import checkpoint_header
 from aft.errors import ConfigError, DataError, RunError
 from aft.methods.checkpoint import refuse_another_model, refuse_other_classes, refuse_other_trainable
@@ -236,8 +237,9 @@ class ClipModule(L.LightningModule):
             warnings.warn(f"{what}: the step is skipped.", stacklevel=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the model's record, so that the file alone rebuilds the model, and the classes that it learns."""
-        header = checkpoint_header(self.model, self.recipe, self.eps_trained, self.trainable_spec.settings())
+        """Adds the model's record, so that the file alone rebuilds the model, what it is trained on, and the classes that it learns."""
+        settings = self.trainable_spec.settings()
+        header = checkpoint_header(self.model, self.recipe, self.eps_trained, settings, data_use(self.data))
         checkpoint["aft"] = {**header, "classes": list(self.data.class_lists["train"])}
 
     @property

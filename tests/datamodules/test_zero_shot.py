@@ -342,8 +342,8 @@ def test_the_sets_at_hand_are_the_ones_on_the_cards() -> None:
 
 
 def test_the_page_says_what_the_table_says() -> None:
-    """A row a set in docs/zero_shot_suite.md, with its images, classes and split."""
+    """A row a set in docs/zero_shot_suite.md, with its images, classes, split and licence."""
     text = (ROOT / "docs" / "zero_shot_suite.md").read_text()
     for record in table().values():
         (row,) = (line for line in text.splitlines() if line.startswith(f"| `{record.id}` |"))
-        assert f"| {record.images:,} | {record.classes:,} | {record.split}" in row
+        assert f"| {record.images:,} | {record.classes:,} | {record.split}" in row and row.endswith(f"| {record.licence} |")
