@@ -22,8 +22,9 @@ quickstart: $(STAMP) ## train a small robust CLIP on the sample data and measure
 test: $(STAMP) ## all tests, and the examples in the docstrings of the losses
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
-stress: $(STAMP) ## the tests of kills and of a full disk, many times each
-	AFT_STRESS=1 $(RUN) -m pytest tests/callbacks/test_safety.py tests/evaluation/test_kill_and_share.py -k "kill or full_disk"
+stress: $(STAMP) ## the tests of kills and of a full disk, many times each, and of a cluster's time limit
+	AFT_STRESS=1 $(RUN) -m pytest tests/callbacks/test_safety.py tests/evaluation/test_kill_and_share.py tests/slurm/test_jobs.py \
+		-k "kill or full_disk or time_limit"
 
 # No `ruff format --check`: formulas are laid out by hand.
 check: $(STAMP) ## ruff (style, common faults) and mypy (strict for aft)

@@ -46,6 +46,7 @@ from aft.evaluation.protocols import WITHOUT_ATTACK
 from aft.evaluation.published import PUBLISHED
 from aft.evaluation.report import Labelled
 from aft.evaluation.runner import card_path, survivors_of
+from aft.evaluation.share import Share
 from aft.evaluation.subsets import first_of_each
 from aft.settings import in_short, parser_of, refusal, underlying
 from datamodules import Sample
@@ -114,12 +115,11 @@ class Measurement:
 
     def run(self, command: str, effective: str) -> list[Labelled]:
         """Measures what is missing, then shows, writes and returns the cards."""
-        place, device = self.place(), torch_device(self.device)
+        share, device = Share(self.out, self.place()), torch_device(self.device)
         use_threads(self.threads)
         work = [(subset, protocol) for subset in self.subsets() for protocol in self.plans(self.asked.choices(subset))]
         if self.largest_first:
             work.sort(key=lambda one: -(one[1].eps or 0))
-        cards: list[Labelled] = []
         models = crossed(self.loaded(), self.protocols, self.defense, self.defenses)
         for label, model in models:
             others = [other for _, other in models if other is not model]
@@ -128,13 +128,17 @@ class Measurement:
                 key = (subset.name, subset.label_space, protocol.name)
                 before = larger.get(key)
                 cell = cell_under(protocol, model.to(device), subset, self.asked, self.seed, before)
-                cards += (made := self.measure(label, cell, place, command, others))
+                made = self.measure(label, cell, share, command, others)
                 if self.largest_first and made and protocol.attacks:
                     larger[key] = survivors_of(made[0][1], card_path(self.out, label, cell))
             model.cpu()
-        if place.rank == 0:
+        if share.place.rank == 0:
             write_whole(self.out / "config.yaml", effective.encode())
-        return self.finish(cards, place)
+        if cards := share.to_show():
+            self.finish(cards)
+        else:
+            share.say("its share is done; the table comes from the rank that ends last (if one was stopped: the same command goes on).")
+        return cards
 
     def place(self) -> Place:
         """This process among those that share the work."""
@@ -186,28 +190,27 @@ class Measurement:
         """All models, each with its name in tables; before anything is measured, so that a missing file is known at once."""
         raise NotImplementedError
 
-    def measure(self, label: str, cell: Cell, place: Place, command: str, others: list[ZeroShotModel]) -> list[Labelled]:
+    def measure(self, label: str, cell: Cell, share: Share, command: str, others: list[ZeroShotModel]) -> list[Labelled]:
         """One cell: its card, or nothing while other processes still work on it."""
         name = f"{label}, {cell.data.name} {cell.data.label_space}, {cell.protocol.name}"
         name += "" if cell.protocol.eps is None else f" {radius_text(str(cell.protocol.norm), cell.protocol.eps)}"
         begin = time.perf_counter()
-        card = evaluate(cell, self.out, label, batch_size=self.batch_size, place=place, keep_images=self.keep_images, command=command,
-                        checks=self.checks, siblings=others, log=now_and_then(lambda text: print(f"  {text}", flush=True)))  # fmt: skip
+        share.begin(label, cell)
+        card = evaluate(cell, self.out, label, batch_size=self.batch_size, place=share.place, keep_images=self.keep_images, command=command,
+                        checks=self.checks, siblings=others, log=now_and_then(lambda text: share.say(f"  {text}")))  # fmt: skip
         outcome = f"n = {len(cell.data)}, {time.perf_counter() - begin:.1f} s" if card else "waits for other ranks"
-        print(f"{name}: {outcome}", flush=True)
+        share.say(f"{name}: {outcome}")
         for check, text in (card["metrics"].get("checks", {}).get("failed", {}) if card else {}).items():
-            print(f"  suspect, {check}: {text}", flush=True)
+            share.say(f"  suspect, {check}: {text}")
         return [(label, card)] if card else []
 
-    def finish(self, cards: list[Labelled], place: Place) -> list[Labelled]:
-        """The table and where everything is; rank 0 alone speaks for all."""
+    def finish(self, cards: list[Labelled]) -> None:
+        """The table and where everything is; one process speaks for all."""
         folder = self.out / "cards"
-        if place.rank == 0 and cards:
-            publish(cards, self.out)
-            if isinstance(self.data, SuiteData):
-                zero_shot.conclude(as_shown(cards), self.data, self.trained_on, self.label_spaces, self.n, self.out)
+        publish(cards, self.out)
+        if isinstance(self.data, SuiteData):
+            zero_shot.conclude(as_shown(cards), self.data, self.trained_on, self.label_spaces, self.n, self.out)
         print(f"cards: {folder}    show them again: python eval.py report --cards {shlex.quote(str(folder))}", flush=True)
-        return cards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,11 +273,11 @@ class Curve(Measurement):
         base, robust = load_model(self.base), load_model(self.robust)
         return [(f"a={share:g}", interpolate(base, robust, share)) for share in self.shares]
 
-    def finish(self, cards: list[Labelled], place: Place) -> list[Labelled]:
+    def finish(self, cards: list[Labelled]) -> None:
         """Also draws robust against clean accuracy."""
-        if place.rank == 0 and cards and (drawn := picture(cards, self.out / "curve.png", draw_curve)):
+        if drawn := picture(cards, self.out / "curve.png", draw_curve):
             print(f"curve: {drawn}")
-        return super().finish(cards, place)
+        super().finish(cards)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,7 +363,7 @@ def main(args: list[str] | None = None) -> list[Labelled]:
         raise refusal(error, parser) from error
     settings.pop("config", None)
     effective = parser.dump(settings, skip_unset=False)
-    if name not in ("report", "external"):
+    if name not in ("report", "external") and Place.of_environment().rank == 0:
         print(in_short(effective, parser.dump(parser.get_defaults(), skip_unset=False, skip_validation=True)), flush=True)
     try:
         made: Any = COMMANDS[name](**vars(parser.instantiate(settings)))

@@ -34,6 +34,9 @@ class Request:
         methods, seeds, vary: what an array varies.
         at_once: tasks that run together.
         after: ids of jobs that must end well first.
+
+    Raises:
+        ConfigError: a name or number that cannot be, a second command that measures nothing, or a file that is not there.
     """
 
     command: Command
@@ -56,6 +59,8 @@ class Request:
             raise ConfigError(f"--at-once {self.at_once} is below 1.")
         if self.evaluation is not None and (not self.command.trains or self.evaluation.trains):
             raise ConfigError("a second command measures what the first trained: write -- fit ... -- evaluate ...")
+        for command in (self.command, self.evaluation or self.command):
+            command.check_files(self.here)
         for program in {self.program(self.command), self.program(self.evaluation or self.command)}:
             if not Path(program).is_file():
                 raise ConfigError(f"there is no {program}: start in a checkout, or name the one to use with --entry FOLDER/train.py.")
@@ -132,8 +137,8 @@ def submit(request: Request, resume: Path | None = None) -> Path:
     Raises:
         RunError: no SLURM here, the cluster cannot give what is asked for, or the folder is another job's or in use.
     """
+    site = read_site(request.site)  # what the user can mend in the command comes first
     slurm.need_slurm()
-    site = read_site(request.site)
     if resume is not None:
         check_folder(resume, request)
     job = request.first_job(site, str(resume) if resume else None)

@@ -16,6 +16,8 @@ ENDING = r"""
 # 0: done. 138, 143: stopped by SIGUSR1, SIGTERM, with a checkpoint. All else: failed, unless a node was lost.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; job=${job:-$SLURM_JOB_ID}
 again() {
+    now=$(squeue --noheader --jobs="$job" --Format=RestartCnt | tr -cd 0-9)   # a script that outlived its node must not stop the next start
+    if [ "${now:-$restarts}" != "$restarts" ]; then echo "aft: this start was given up, the job runs again elsewhere"; exit "$code"; fi
     if [ "$restarts" -ge "$most" ]; then echo "aft: failed: $1, and this job was queued again $restarts times already"; exit "$code"; fi
     echo "aft: requeue: $1"
     scontrol requeue "$job" || exit "$code"

@@ -17,6 +17,7 @@ OURS = {  # what the submission decides by itself
     "evaluate": ("--out", "--rank", "--world"),
     "curve": ("--out", "--rank", "--world"),
 }
+CONFIGURATION = ("-c", "--config")
 SEED_OPTIONS = ("--seed_everything", "--model.init_args.seed", "--data.init_args.seed")
 
 
@@ -51,6 +52,21 @@ class Command:
     def trains(self) -> bool:
         """Whether it is a training."""
         return self.words[0] in TRAINING
+
+    def check_files(self, here: Path) -> None:
+        """Looks whether the YAML files of the command are there, before a job waits in a queue to find out.
+
+        Args:
+            here: where relative paths start from.
+
+        Raises:
+            ConfigError: one is not; files in its folder with similar names are listed.
+        """
+        for word, following in zip(self.words, (*self.words[1:], ""), strict=True):
+            option, given, value = word.partition("=")
+            if option in CONFIGURATION and not (path := here / (value if given else following)).is_file():
+                name = unknown_name("file", path.name, [near.name for near in path.parent.glob("*.yaml")])
+                raise ConfigError(f"{option} {path}: {name}")
 
 
 @dataclass(frozen=True)

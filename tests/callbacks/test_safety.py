@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -24,9 +26,11 @@ from aft.methods import OptimizerSpec, TeCoA
 from callbacks import AtomicCheckpointIO, AveragedWeights, Interruption, KeepSaving, RunLock, Stopped, checkpoint_io
 from callbacks.average import trained
 from datamodules import Sample
+from tests.callbacks.saves_forever import save_forever
 from tests.conftest import MemoryData, make_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
+KILLS = 50 if os.environ.get("AFT_STRESS") else 3
 
 
 def tecoa(tiny: ModelSpec) -> TeCoA:
@@ -120,33 +124,42 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         save(tmp_path / "checkpoints" / "last.ckpt", 1.0)
 
 
-def other_file_system(folder: Path) -> Path:
-    """A folder for temporary files that is on another file system, where there is one: a move from there is a copy."""
-    candidates = [path for path in (Path("/dev/shm"), Path("/run/shm")) if os.access(path, os.W_OK)]
-    return next((path for path in candidates if path.stat().st_dev != folder.stat().st_dev), folder)
+def other_file_system(folder: Path) -> Path | None:
+    """A folder for temporary files that is on another file system, so that a move from there is a copy; none: there is none here."""
+    candidates = [path for path in map(Path, ("/dev/shm", "/run/shm", "/var/tmp", "/tmp", ROOT)) if os.access(path, os.W_OK)]
+    return next((path for path in candidates if path.stat().st_dev != folder.stat().st_dev), None)
 
 
-@pytest.mark.parametrize("wait", [0.005 * i for i in range(50)] if os.environ.get("AFT_STRESS") else [0.0, 0.02, 0.05])
-def test_kill_9_while_saving_leaves_a_whole_checkpoint(tmp_path: Path, wait: float) -> None:
-    """Whenever the kill comes, wherever temporary files go; `make stress` does it 50 times, with those on another file system."""
-    elsewhere = other_file_system(tmp_path)
-    save(tmp_path / "last.ckpt", -1.0)
-    code = """
-        import sys, torch
-        from callbacks import AtomicCheckpointIO
-        for i in range(1000):
-            AtomicCheckpointIO().save_checkpoint({"value": torch.tensor(float(i)), "bulk": torch.zeros(2_000_000)}, sys.argv[1])
-            print(i, flush=True)
+@pytest.mark.timeout(900)
+def test_kill_9_while_saving_leaves_whole_checkpoints(tmp_path: Path) -> None:
+    """Whenever the kill comes, with temporary files on another file system: both files load, and no save that was done is lost.
+
+    `make stress` kills 50 times. What a killed save leaves is under another name, and shows that the kill came while it was going on.
     """
-    writer = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "last.ckpt")], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "TMPDIR": str(elsewhere)},
-    )  # fmt: skip
-    assert writer.stdout is not None and writer.stdout.readline() == "0\n"
-    time.sleep(wait)
-    writer.kill()
-    writer.wait()
-    assert read(tmp_path / "last.ckpt") >= 0 and read(tmp_path / "last.ckpt.previous") >= -1
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.callbacks.saves_forever"])
+    elsewhere, dice, landed = other_file_system(tmp_path), random.Random(0), 0
+    last, before = tmp_path / "last.ckpt", tmp_path / f"last.ckpt{checkpoint_io.PREVIOUS}"
+    for _ in range(KILLS):
+        heard, said = processes.Pipe(duplex=False)
+        writer = processes.Process(target=save_forever, args=(last, elsewhere or tmp_path, said), daemon=True)
+        writer.start()
+        done = heard.recv()
+        time.sleep(0.25 * dice.random())
+        writer.kill()
+        writer.join()
+        while heard.poll():
+            done = heard.recv()
+        said.close()
+        left = [path for path in tmp_path.iterdir() if path not in (last, before)]
+        landed += bool(left)
+        assert read(last) in (done, done + 1) and read(before) >= 0, left
+        for path in left:
+            path.unlink()
+    print(f"{landed} of {KILLS} kills came during a save; temporary files in {elsewhere or tmp_path}")
+    assert landed >= KILLS // 3
+    if elsewhere is None:
+        pytest.skip(f"{KILLS} kills left whole checkpoints, but no second file system can be written here: temporary files lay on the same")
 
 
 def test_a_damaged_checkpoint_names_the_one_before(tmp_path: Path) -> None:

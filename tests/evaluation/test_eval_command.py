@@ -86,14 +86,30 @@ def test_curve_measures_the_way_to_the_robust_weights(tmp_path, tiny_folder):
         command.main(["curve", *words, "--robust.name", "tiny", "--base.name", "tiny", "--shares", "[]", "--out", str(tmp_path / "none")])
 
 
-def test_ranks_share_the_work(tmp_path, monkeypatch):
-    """As torchrun tells them: the first finds its cell unfinished, the last has the card."""
+def test_ranks_share_the_work_and_the_last_shows_the_table(tmp_path, monkeypatch, capsys):
+    """As torchrun tells them: the first finds its cells unfinished, the last has all cards, whatever its rank.
+
+    Settings and table come once; every line of a rank bears its number. When nothing is left to do, rank 0 shows the table again.
+    """
     monkeypatch.setenv("WORLD_SIZE", "2")
-    made = []
-    for rank in ("0", "1"):
+    made, said = [], []
+    for rank in ("0", "1", "0", "1"):
         monkeypatch.setenv("RANK", rank)
-        made.append(run(tmp_path, "--protocols", "[pgd]", "--eps", "[2/255]"))
-    assert made[0] == [] and len(made[1]) == 1 and made[1][0][1]["data"]["n"] == 20
+        made.append(run(tmp_path, "--protocols", "[clean, pgd]", "--eps", "[2/255]"))
+        said.append(capsys.readouterr().out)
+    assert [len(cards) for cards in made] == [0, 2, 2, 0] and {card["data"]["n"] for _, card in made[1]} == {20}
+    assert ["Chance:" in text for text in said] == [False, True, True, False]
+    assert ["protocols:" in text for text in said] == [True, False, True, False]
+    assert "rank 0: its share is done; the table comes from the rank that ends last" in said[0] and "rank 1: m, sample all, pgd" in said[1]
+
+
+def test_rank_0_that_ends_last_shows_the_cards_of_the_others(tmp_path, monkeypatch, capsys):
+    """A cell that another rank finished is in its table, too."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, protocols in (("0", "[clean]"), ("1", "[clean, pgd]"), ("0", "[clean, pgd]")):
+        monkeypatch.setenv("RANK", rank)
+        made = run(tmp_path, "--protocols", protocols, "--eps", "[2/255]")
+    assert len(made) == 2 and "Chance:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("given", "expected"), [

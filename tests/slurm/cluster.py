@@ -144,11 +144,14 @@ class Cluster:
         """Its slurmd."""
         self.run("slurmd", "-f", str(self.folder / "slurm.conf"), "-N", node)
 
-    def lose_node(self, node: str) -> list[int]:
-        """Kills all of a node at once: slurmd, what watches its steps, and every process of its jobs. Returns what was killed."""
+    def lose_node(self, node: str, spared: int = 0) -> list[int]:
+        """Kills all of a node at once: slurmd, what watches its steps, and every process of its jobs, but for one that is spared.
+
+        Returns what was killed.
+        """
         daemon = self.pid(f"slurmd-{node}.pid")
         steps = self.steps_of(node)
-        doomed = [daemon, *steps, *(child for step in steps for child in descendants(step))]
+        doomed = [daemon, *steps, *(child for step in steps for child in descendants(step) if child != spared)]
         for pid in doomed:
             os.kill(pid, signal.SIGSTOP)  # so that none of them sees another one go
         for pid in doomed:

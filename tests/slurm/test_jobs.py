@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -52,11 +53,11 @@ def submit(cluster: Cluster, *words: object) -> tuple[str, Path]:
     return first.split()[1].rstrip(":"), Path(first.rpartition("folder ")[2])
 
 
-def train(cluster: Cluster, recipe: Path, out: Path, *more: object) -> tuple[str, Path]:
+def train(cluster: Cluster, recipe: Path, out: Path, *more: object, minutes: int = 10) -> tuple[str, Path]:
     """A training across both nodes, one process on each."""
     seen = out / "seen"
     seen.mkdir(parents=True)
-    return submit(cluster, "--nodes", 2, "--gpus-per-node", 0, "--time", 10, "--out", out, "--site", recipe / "site.yaml", "--",
+    return submit(cluster, "--nodes", 2, "--gpus-per-node", 0, "--time", minutes, "--out", out, "--site", recipe / "site.yaml", "--",
                   "fit", "-c", recipe / "tiny.yaml", "--trainer.callbacks+=callbacks.AveragedWeights",
                   "--trainer.callbacks+=tests.slurm.recorder.Recorder", f"--trainer.callbacks.folder={seen}", *more)  # fmt: skip
 
@@ -70,6 +71,14 @@ def reached(out: Path, step: int) -> bool:
 def pid(out: Path, rank: int) -> int:
     """Of a rank's process."""
     return int((out / "seen" / f"pid-{rank}").read_text().split()[0])
+
+
+def running(pid: int) -> bool:
+    """Whether this process is there and not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def log(folder: Path) -> str:
@@ -157,6 +166,46 @@ def test_a_lost_node_costs_nothing_but_time(cluster: Cluster, recipe: Path, whol
     cluster.start_node("n2")
     until(lambda: cluster.restarts(job) >= 1, 120, "queued again")
     assert cluster.wait(job, 400) == "COMPLETED", log(folder)
+    check_same(folder, whole)
+    check_each_sample_once(tmp_path)
+
+
+def test_a_rank_that_outlives_its_node_writes_no_more(cluster: Cluster, recipe: Path, whole: Path, tmp_path: Path) -> None:
+    """The node of the job's script is lost, but for rank 0, which is about to save: the job comes back, and the old rank is refused."""
+    callbacks = ("--trainer.callbacks+=callbacks.KeepSaving", "--trainer.callbacks.every_n_steps=2",
+                 "--trainer.callbacks+=tests.slurm.recorder.Survivor", f"--trainer.callbacks.place={tmp_path}",
+                 "--trainer.callbacks.step=7")  # fmt: skip
+    job, folder = train(cluster, recipe, tmp_path, "--trainer.callbacks.pause=0.3", *callbacks)
+    until((tmp_path / "waits").is_file, 300, "in the save after step 7")
+    old = pid(tmp_path, 0)
+    try:
+        killed = cluster.lose_node("n1", spared=old)
+        assert len(killed) >= 4 and old not in killed  # slurmd, slurmstepd of script and of step, the script
+        until(lambda: cluster.nodes_in("down") + cluster.nodes_in("down*") or cluster.restarts(job), 120, "n1 is missed")
+        cluster.start_node("n1")
+        until(lambda: pid(tmp_path, 0) != old and reached(tmp_path, 8), 300, "beyond step 7 in the second start")
+        assert running(old)
+        (tmp_path / "go").touch()
+        until(lambda: not running(old), 60, "the old rank has ended")
+    finally:
+        if running(old):
+            os.kill(old, signal.SIGKILL)
+    assert re.match(r"RunError: the run in .* was started again", (tmp_path / "outcome").read_text())
+    assert cluster.wait(job, 400) == "COMPLETED", log(folder)
+    assert cluster.restarts(job) == 1 and f"process {old} on" in log(folder) and "it will write nothing more here" in log(folder)
+    check_same(folder, whole)
+    check_each_sample_once(tmp_path)
+
+
+@pytest.mark.skipif("AFT_STRESS" not in os.environ, reason="waits for a real time limit, about four minutes; make stress does")
+def test_a_job_at_its_time_limit_goes_on(cluster: Cluster, recipe: Path, whole: Path, tmp_path: Path) -> None:
+    """Two minutes a start, for a run that takes longer: SLURM's own signal comes first, the job is queued again and ends the same.
+
+    (SLURM looks every 30 s and sends it up to 60 s early; with a limit of one minute it would come before the first step.)
+    """
+    job, folder = train(cluster, recipe, tmp_path, "--trainer.callbacks.pause=5", minutes=2)
+    assert cluster.wait(job, 600) == "COMPLETED", log(folder)
+    assert cluster.restarts(job) >= 1 and log(folder).count("SIGUSR1: stopped after step") == cluster.restarts(job)
     check_same(folder, whole)
     check_each_sample_once(tmp_path)
 

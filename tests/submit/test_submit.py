@@ -22,7 +22,8 @@ from aft.submit.settings import Resources, read_site
 from aft.submit.tasks import Command, tasks_of
 
 ROOT = Path(__file__).resolve().parents[2]
-FIT = ["--", "fit", "-c", "configs/methods/tecoa.yaml"]
+TECOA = str(ROOT / "configs" / "methods" / "tecoa.yaml")
+FIT = ["--", "fit", "-c", TECOA]
 PROGRAM = """
     import json, os, sys
     from pathlib import Path
@@ -69,7 +70,8 @@ def test_the_script_is_bash_and_asks_for_what_was_asked(capsys: pytest.CaptureFi
 def test_an_evaluation_and_a_table_follow_a_grid(capsys: pytest.CaptureFixture[str]) -> None:
     """Methods x seeds x a setting; each folder is named after what is its own."""
     text = dry(capsys, "--methods", "tecoa,fare", "--seeds", "0,1", "--vary", "model.init_args.attack.init_args.eps=1/255,4/255",
-               "--at-once", "3", "--", "fit", "-c", "configs/data/sample.yaml", "--", "evaluate", "-c", "apgd.yaml")  # fmt: skip
+               "--at-once", "3", "--", "fit", "-c", str(ROOT / "configs/data/sample.yaml"), "--",
+               "evaluate", "-c", str(ROOT / "configs/eval/apgd.yaml"))  # fmt: skip
     first, second, third = text.split("#!/bin/bash\n")[1:]
     assert "#SBATCH --array=0-7%3\n" in first and "#SBATCH --array=0-7%3\n" in second and "--array" not in third
     assert "task=fare_seed1_eps4_255;" in first and "--seed_everything=1 --model.init_args.seed=1 --data.init_args.seed=1" in first
@@ -104,10 +106,15 @@ def test_an_evaluation_and_a_table_follow_a_grid(capsys: pytest.CaptureFixture[s
         ([*FIT, "--", "evaluate", "--", "report"], "3 commands after --"),
         (["--at-once", "0", *FIT], "--at-once 0 is below 1"),
         (["--resume", "nowhere", *FIT], "there is no readable job.json"),
+        (["--", "fit", "-c", "configs/methods/tecao.yaml"], r"-c /.*/configs/methods/tecao.yaml: .*did you mean 'tecoa.yaml'"),
+        (["--local", "--", "fit", "--config=a.yaml"], r"--config /.*/a.yaml: unknown file 'a.yaml'"),
+        ([*FIT, "--", "evaluate", "-c", "b.yaml"], r"-c /.*/b.yaml: unknown file 'b.yaml'"),
     ],
 )
-def test_bad_arguments_are_named(words: list[str], told: str) -> None:
-    """What came, what is allowed, what to do; before SLURM is asked."""
+def test_bad_arguments_are_named(words: list[str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came, what is allowed, what to do; before SLURM is asked, or missed: there is none here."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", "")
     with pytest.raises(AftError, match=told):
         main(words)
 
@@ -141,11 +148,11 @@ def test_no_slurm_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_the_folder_of_another_run_is_refused(entry: Path, tmp_path: Path) -> None:
     """Going on with another command in it; without a command it goes on with its own."""
-    _, request = requested(["--entry", str(entry), "--out", str(tmp_path), "--seeds", "1,2", "--", "fit", "-c", "a.yaml"])
+    _, request = requested(["--entry", str(entry), "--out", str(tmp_path), "--seeds", "1,2", *FIT])
     folder = tmp_path / "aft-7"
     folder.mkdir()
     plan.keep(folder, plan.RECORD, json.dumps(request.record({"first": "7"})))
-    _, other = requested(["--entry", str(entry), "--resume", str(folder), "--", "fit", "-c", "b.yaml"])
+    _, other = requested(["--entry", str(entry), "--resume", str(folder), *FIT, "--seed_everything", "3"])
     with pytest.raises(RunError, match=r"folder of another run \(command, seeds, tasks differ"):
         plan.check_folder(folder, other)
     _, same = requested(["--entry", str(entry), "--resume", str(folder)])
@@ -155,25 +162,27 @@ def test_the_folder_of_another_run_is_refused(entry: Path, tmp_path: Path) -> No
 FAKES = {
     "srun": 'echo "srun $*" >> "$CALLS"; case "$*" in *--overlap*) exit "$NODES" ;; *) exit "$CODE" ;; esac',
     "scontrol": 'echo "scontrol $*" >> "$CALLS"; kill $PPID',
-    "squeue": 'echo "$STATE"',
+    "squeue": 'case "$*" in *RestartCnt*) echo "  $COUNT  " ;; *) echo "$STATE" ;; esac',
 }
 
 
 @pytest.mark.parametrize(
-    ("code", "state", "nodes", "restarts", "end", "queued"),
+    ("code", "state", "nodes", "restarts", "count", "end", "queued"),
     [
-        (0, "RUNNING", 0, 0, "aft: done", False),
-        (138, "RUNNING", 0, 0, "aft: requeue: stopped by a signal", True),
-        (143, "RUNNING", 0, 3, "aft: requeue: stopped by a signal", True),
-        (143, "CANCELLED", 0, 0, "stopped by a signal (state CANCELLED)", False),  # somebody's scancel must stay one
-        (1, "RUNNING", 0, 0, "aft: failed with exit code 1", False),
-        (1, "RUNNING", 1, 0, "aft: requeue: a node does not answer", True),
-        (138, "RUNNING", 0, 50, "queued again 50 times already", False),
+        (0, "RUNNING", 0, 0, 0, "aft: done", False),
+        (138, "RUNNING", 0, 0, 0, "aft: requeue: stopped by a signal", True),
+        (143, "RUNNING", 0, 3, 3, "aft: requeue: stopped by a signal", True),
+        (143, "CANCELLED", 0, 0, 0, "stopped by a signal (state CANCELLED)", False),  # somebody's scancel must stay one
+        (1, "RUNNING", 0, 0, 0, "aft: failed with exit code 1", False),
+        (1, "RUNNING", 1, 0, 0, "aft: requeue: a node does not answer", True),
+        (138, "RUNNING", 0, 50, 50, "queued again 50 times already", False),
+        (143, "RUNNING", 0, 0, 1, "this start was given up, the job runs again elsewhere", False),  # by a script that outlived its node
+        (1, "RUNNING", 1, 0, "", "aft: requeue: a node does not answer", True),  # a SLURM that does not tell the count
     ],
 )
 def test_exit_codes_tell_done_requeue_and_failed(
-    tmp_path: Path, entry: Path, capsys: pytest.CaptureFixture[str], code: int, state: str, nodes: int, restarts: int, end: str,
-    queued: bool,
+    tmp_path: Path, entry: Path, capsys: pytest.CaptureFixture[str], code: int, state: str, nodes: int, restarts: int,
+    count: int | str, end: str, queued: bool,
 ) -> None:
     """The script as it is rendered, with stand-ins for SLURM's programs."""
     script = dry(capsys, "--nodes", "2", "--entry", str(entry), "--out", str(tmp_path / "runs"), *FIT)
@@ -182,19 +191,19 @@ def test_exit_codes_tell_done_requeue_and_failed(
         (tmp_path / name).chmod(stat.S_IRWXU)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n",
                    "SLURM_RESTART_COUNT": str(restarts), "CALLS": str(tmp_path / "calls"), "CODE": str(code), "STATE": state,
-                   "NODES": str(nodes)}  # fmt: skip
+                   "COUNT": str(count), "NODES": str(nodes)}  # fmt: skip
     done = subprocess.run(["bash"], input=script, env=environment, capture_output=True, text=True)
     calls = (tmp_path / "calls").read_text()
     assert end in done.stdout and (tmp_path / "runs" / "aft-7").is_dir(), done.stderr
     assert ("scontrol requeue 7" in calls) == queued
     assert queued or done.returncode == code
-    assert f"{entry} fit -c configs/methods/tecoa.yaml --trainer.num_nodes 2" in calls and "--kill-on-bad-exit=1" in calls
+    assert f"{entry} fit -c {TECOA} --trainer.num_nodes 2" in calls and "--kill-on-bad-exit=1" in calls
 
 
 def test_the_same_job_runs_without_a_cluster(entry: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """--local: every task trains and is measured in a folder of its own, then the table; --resume goes on in it."""
-    words = ["--local", "--entry", str(entry), "--out", str(tmp_path / "runs"), "--gpus-per-node", "0", "--seeds", "0,1", "--", "fit",
-             "-c", "a.yaml", "--", "evaluate", "--n", "5"]  # fmt: skip
+    words = ["--local", "--entry", str(entry), "--out", str(tmp_path / "runs"), "--gpus-per-node", "0", "--seeds", "0,1", *FIT,
+             "--", "evaluate", "--n", "5"]  # fmt: skip
     folder = tmp_path / "runs" / "aft-local-1"
     assert main(words) == 0 and main(["--local", "--entry", str(entry), "--gpus-per-node", "0", "--resume", str(folder)]) == 0
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["aft-local-1"]
@@ -214,7 +223,7 @@ def test_a_local_task_that_fails_is_not_measured(
     """The others go on; after a signal nothing does. The exit code is the task's."""
     monkeypatch.setenv("FAILS_IN", "seed0")
     monkeypatch.setenv("CODE", str(code))
-    words = ["--local", "--entry", str(entry), "--out", str(tmp_path), "--seeds", "0,1", "--", "fit", "-c", "a.yaml", "--", "evaluate"]
+    words = ["--local", "--entry", str(entry), "--out", str(tmp_path), "--seeds", "0,1", *FIT, "--", "evaluate"]
     assert main(words) == code
     folder = tmp_path / "aft-local-1"
     assert not (folder / "seed0" / "eval").exists() and (folder / "seed1" / "eval").exists() == others
