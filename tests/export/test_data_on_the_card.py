@@ -87,6 +87,7 @@ def test_nothing_known_is_said_plainly(tiny_folder: Path, tmp_path: Path) -> Non
 def test_datamodules_know_the_terms_of_known_sets() -> None:
     """By the id of the zero-shot table; what the user says comes first; of other folders nothing is guessed."""
     assert ImageFolder("x/train", name="tiny_imagenet32").terms == "research use"
-    assert ImageFolder("x/train", name="cifar100").terms == "cite the report; no licence text, as for CIFAR-10 (from memory: ask the source)"
+    cifar100 = ImageFolder("x/train", name="cifar100").terms
+    assert cifar100 == "cite the report; no licence text, as for CIFAR-10 (from memory: ask the source)"
     assert ImageFolder("x/train", name="cifar10", terms="ours").terms == "ours" and ImageFolder("photos/train").terms is None
     assert Sample().terms == ImageFolder("x/train", name="cifar10").terms and Sample(terms="ours").terms == "ours"
