@@ -19,7 +19,7 @@ from aft.clip.stages import Draw, Stage, Stages
 from aft.defenses.base import Defended, gradient_at
 from aft.defenses.dalle2 import Dalle2Prior, load_dalle2
 from aft.defenses.geometry import split
-from aft.defenses.prior import LatentDiffusionPrior, load_prior
+from aft.defenses.prior import LatentDiffusionPrior, load_prior, trained_on
 from aft.errors import ConfigError
 
 PRIORS = Path(__file__).parent / "priors"
@@ -36,7 +36,8 @@ class CLIPureDiff(Defended):
     Args:
         model: a plain model.
         prior: file of :mod:`aft.defenses.fit_prior`, or of a prior of ``dalle2_pytorch`` with its JSON configuration beside it
-            (``FILE.pth`` and ``FILE.json``); none: the one that ships for MiniCLIP-32 and what was fine-tuned from it.
+            (``FILE.pth`` and ``FILE.json``); a folder of such files: the one that was trained on the embeddings of these very weights, there
+            or among those that ship; none: the one that ships for MiniCLIP-32 and what was fine-tuned from it.
         steps, step: of the climb, the step along a unit tangent: each step rotates by ``arctan(step)``.
         samples: times and noises a step.
         first, last: share of the noise schedule that times come from, uniformly.
@@ -62,11 +63,16 @@ class CLIPureDiff(Defended):
                               "and a step above 0.")  # fmt: skip
         if not 0 < first <= last < 1:
             raise ConfigError(f"first = {first}, last = {last}: times are shares of the noise schedule, 0 < first <= last < 1.")
-        path = Path(prior) if prior is not None else shipped_for(model)
+        path = prior_for(model, prior)
         loaded = read_prior(path)
         if loaded.width != model.width:
             raise ConfigError(f"the prior {path} is for embeddings of width {loaded.width}, {model.record.name} gives {model.width}: "
                               "train one for this model with python -m aft.defenses.fit_prior.")  # fmt: skip
+        learned = loaded.origin.get("model_sha256") if isinstance(loaded, LatentDiffusionPrior) else None
+        if learned not in (None, model.record.sha256):
+            warnings.warn(f"the prior {path.name} was trained on embeddings of other weights ({str(learned)[:12]}) than those of "
+                          f"{model.record.name} ({model.record.method}, {model.record.sha256[:12]}): train one on these with "
+                          "python -m aft.defenses.fit_prior.", stacklevel=2)  # fmt: skip
         told = {"prior": path.name, "prior_sha256": loaded.sha256, "steps": int(steps), "step": float(step), "samples": int(samples)}
         super().__init__(model, **told, first=float(first), last=float(last))
         self.prior = loaded.to(model.logit_scale)
@@ -94,8 +100,28 @@ class CLIPureDiff(Defended):
         return self.prior.loss(repeated_mD, time_nS.flatten(), noise_nSD.flatten(0, 1)).view(n, samples).mean(1)
 
 
+def prior_for(model: ZeroShotModel, given: str | None) -> Path:
+    """The file of a prior: ``given``, or the one of the folder ``given`` that belongs to these weights, or the one that ships.
+
+    Raises:
+        ConfigError: there is none, or a folder has two.
+    """
+    if given is None:
+        return shipped_for(model)
+    folder, sha256 = Path(given), model.record.sha256
+    if folder.is_file() or folder.suffix:
+        return folder
+    fitting = [path for path in sorted(folder.glob("*.safetensors")) if trained_on(path) == sha256]
+    if len(fitting) > 1:
+        raise ConfigError(f"{folder} has {len(fitting)} priors of {model.record.name} ({sha256[:12]}): give the file of one as prior.")
+    if not fitting and sha256 not in SHIPPED:
+        raise ConfigError(f"{folder} has no diffusion prior of these weights ({model.record.name}, {model.record.method}, {sha256[:12]}): "
+                          "train one with python -m aft.defenses.fit_prior.")  # fmt: skip
+    return fitting[0] if fitting else SHIPPED[sha256]
+
+
 def shipped_for(model: ZeroShotModel) -> Path:
-    """The prior that ships for this model; for one that was fine-tuned with a warning.
+    """The prior that ships for this model, or for what it was fine-tuned from.
 
     Raises:
         ConfigError: there is none.
@@ -103,9 +129,6 @@ def shipped_for(model: ZeroShotModel) -> Path:
     record = model.record
     for sha256 in (record.sha256, record.base_sha256):
         if sha256 in SHIPPED:
-            if sha256 != record.sha256:
-                warnings.warn(f"the prior was trained on embeddings of what {record.name} was fine-tuned from ({record.method}), which "
-                              "moves them: train one on these weights with python -m aft.defenses.fit_prior.", stacklevel=3)  # fmt: skip
             return SHIPPED[sha256]
     raise ConfigError(f"no diffusion prior ships for {record.name} ({record.sha256[:12]}): train one with python -m aft.defenses.fit_prior "
                       "and give its file as prior.")  # fmt: skip

@@ -174,3 +174,13 @@ def load_prior(path: Path) -> LatentDiffusionPrior:
     prior.origin = {key: value for key, value in metadata.items() if key != METADATA}
     prior.sha256 = file_hash(path)
     return prior.eval().requires_grad_(False)
+
+
+def trained_on(path: Path) -> str | None:
+    """sha256 of the weights whose embeddings a prior was trained on; none for a file that is no prior of ours, or does not say."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+    return metadata.get("model_sha256") if METADATA in metadata else None

@@ -16,7 +16,7 @@ Named = tuple[str, ZeroShotModel]
 def crossed(
     models: Sequence[Named], protocols: Sequence[str], one: str | DefenseSpec | None, many: Mapping[str, DefenseSpec] | None
 ) -> list[Named]:
-    """Every model behind every defence, named ``MODEL+DEFENCE``; the models as they are where there is none.
+    """Every model behind every defence, named ``MODEL+DEFENCE``, one defence after the other; the models as they are where there is none.
 
     Args:
         models: with their names in tables.
@@ -42,4 +42,4 @@ def crossed(
             )
     if not specs:
         return list(models)
-    return [(f"{label}+{name}", spec.build(model)) for label, model in models for name, spec in specs.items()]
+    return [(f"{label}+{name}", spec.build(model)) for name, spec in specs.items() for label, model in models]

@@ -179,8 +179,27 @@ def test_the_shipped_prior_is_minicips_and_warns_of_what_was_fine_tuned():
     from dataclasses import replace
 
     model.record = replace(model.record, sha256="0" * 64, base_sha256=model.record.sha256, method="tecoa")
-    with pytest.warns(UserWarning, match="fine-tuned from"):
+    with pytest.warns(UserWarning, match="of other weights .25f19f9a1fe2."):
         defend(model, "clipure_diff")
+
+
+def test_a_folder_has_the_prior_of_these_very_weights(vit, tmp_path):
+    """By the hash in its file; none and two of them are errors; a file of other weights warns; a model whose prior ships needs none there."""
+    folder = tmp_path / "priors"
+    with pytest.raises(ConfigError, match="priors has no diffusion prior of these weights .vit, none"):
+        defend(vit, "clipure_diff", prior=str(folder))
+    for name, sha256 in (("a", "0" * 64), ("b", vit.record.sha256), ("c", None)):
+        prior = LatentDiffusionPrior(vit.width, hidden=8, blocks=1)
+        prior.origin = {} if sha256 is None else {"model_sha256": sha256}
+        prior.save(folder / f"{name}.safetensors")
+    (folder / "torn.safetensors").write_bytes(b"x")
+    assert defend(vit, "clipure_diff", prior=str(folder)).settings["prior"] == "b.safetensors"
+    with pytest.warns(UserWarning, match="of other weights .000000000000."):
+        defend(vit, "clipure_diff", prior=str(folder / "a.safetensors"))
+    (folder / "d.safetensors").write_bytes((folder / "b.safetensors").read_bytes())
+    with pytest.raises(ConfigError, match="has 2 priors of vit"):
+        defend(vit, "clipure_diff", prior=str(folder))
+    assert defend(load_model("miniclip32"), "clipure_diff", prior=str(folder)).settings["prior"] == "miniclip32.safetensors"
 
 
 def test_the_shipped_prior_knows_images_from_noise():

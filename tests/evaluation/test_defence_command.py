@@ -8,8 +8,11 @@ from dataclasses import replace
 import pytest
 
 import eval as command
+from aft.clip import load_model
+from aft.defenses import DefenseSpec
 from aft.errors import AftError
 from aft.evaluation import adaptive, report
+from aft.evaluation.behind import crossed
 from aft.evaluation.defended_report import figure, robust_n, rows_of
 
 MODEL = "{m: {name: tiny}}"
@@ -99,3 +102,12 @@ def test_a_mistake_is_named(words, tmp_path, quick):
         parts += [f"--{key}", value]
     with pytest.raises(AftError, match=MISTAKES[words]):
         command.main([*WORDS, *parts, "--out", str(tmp_path)])
+
+
+def test_one_defence_after_the_other_over_all_weights(model):
+    """In the order of the file, so that a table that is not finished has whole columns."""
+    other = load_model("tiny")
+    specs = {"b": DefenseSpec("low_pass"), "a": DefenseSpec("noise")}
+    made = crossed([("one", model), ("two", other)], ["adaptive_small"], None, specs)
+    assert [label for label, _ in made] == ["one+b", "two+b", "one+a", "two+a"]
+    assert [defended.undefended for _, defended in made] == [model, other, model, other]

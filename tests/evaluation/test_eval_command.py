@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import eval as command
 from aft.clip import ModelSpec, files, load_model
 from aft.clip.pack import pack_tower
 from aft.clip.weights import named
+from aft.defenses import LatentDiffusionPrior
 from aft.errors import AftError
 from aft.evaluation import runner
 from datamodules import Sample
@@ -240,7 +242,15 @@ def test_shipped_files_are_understood(path, tmp_path, monkeypatch):
         assert caption_table([str(tmp_path / "photos"), str(tmp_path / "pairs.csv")]) == 0
         data = ["--data.test", str(tmp_path / "pairs.csv"), "--data.images", str(tmp_path / "photos"), "--task.recall_at", "[1, 3]"]
     words = [*data, "-c", str(path)] if path.stem == "curve" else ["-c", str(path), *data]
-    fast = ["--protocols", "[oblivious]"] if path.stem == "hybrid" else []  # each of its rows is otherwise six attacks of forty steps
+    # each row of these is otherwise six attacks of forty steps
+    fast = ["--protocols", "[oblivious]"] if path.stem in ("hybrid", "defenses_table") else []
+    if path.stem == "defenses_table":
+        prior = LatentDiffusionPrior(16, hidden=8, blocks=1)
+        prior.origin = {"model_sha256": load_model("tiny").record.sha256}
+        prior.save(tmp_path / "priors" / "tiny.safetensors")
+        given = yaml.safe_load(path.read_text())["defenses"]
+        given["clipure_diff"]["settings"]["prior"] = str(tmp_path / "priors")
+        fast += ["--defenses", json.dumps(given)]
     made = command.main([*words, *models, *fast, "--n", "4", "--steps", "1", "--out", str(tmp_path)])
     assert made and {card["data"]["n"] for _, card in made} == {4}
 
