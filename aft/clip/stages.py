@@ -179,10 +179,39 @@ def act(stage: Stage, value: Tensor, *beside: Any) -> Tensor:
         value: images, or embeddings.
         beside: the further arguments of ``run``, the draw last.
     """
-    changed = stage.run(value, *beside)
     if stage.gate is None:
-        return changed
-    return torch.where(_per_row(_gate_of(stage, value, beside).open_n, value), changed, shut(stage, value, *beside))
+        return stage.run(value, *beside)
+    return _where_open(stage, _gate_of(stage, value, beside).open_n, value, beside)
+
+
+def _where_open(stage: Stage, open_n: Tensor, value: Tensor, beside: tuple[Any, ...]) -> Tensor:
+    """``run`` on the images whose gate is open, alone unless the stage looks at neighbours; ``otherwise`` on the others."""
+    if stage.batch_coupled or in_a_graph():
+        return torch.where(_per_row(open_n, value), stage.run(value, *beside), shut(stage, value, *beside))
+    return _on_rows(stage.run, open_n, shut(stage, value, *beside), value, beside)
+
+
+def _on_rows(run: Callable[..., Tensor], chosen_n: Tensor, left: Tensor, value: Tensor, beside: tuple[Any, ...]) -> Tensor:
+    """What ``run`` makes of the images where ``chosen_n``, and ``left`` elsewhere; it sees no others."""
+    rows = chosen_n.nonzero().flatten()
+    if not len(rows):
+        return left
+    if len(rows) == len(value):
+        return run(value, *beside)
+    changed = run(value[rows], *(_rows_of(one, rows) for one in beside))
+    return left.to(torch.promote_types(left.dtype, changed.dtype)).index_copy(0, rows, changed)
+
+
+def _rows_of(beside: Any, rows: Tensor) -> Any:
+    """The same of some images: of images or of a draw; what is neither as it is."""
+    if isinstance(beside, Draw):
+        return replace(beside, keys_n=beside.keys_n[rows])
+    return beside[rows] if isinstance(beside, Tensor) else beside
+
+
+def in_a_graph() -> bool:
+    """Whether operations are being recorded, so that no branch may depend on values."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def shut(stage: Stage, value: Tensor, *beside: Any) -> Tensor:
@@ -217,6 +246,8 @@ def as_attacked(
 
     def altered(name: str, stage: Stage) -> Stage:
         """One stage; what remains of its gate is inside ``run``."""
+        if name not in bpda and stage.gate is None and stage.smooth is None:
+            return stage  # it is its own smooth form, the forward its own hard one
         bare = replace(stage, gate=None, smooth=None, otherwise=None)
         if name in bpda:
             return replace(bare, run=lambda value, *beside: _with_backward_of(value, stage, value, beside))
@@ -225,21 +256,31 @@ def as_attacked(
 
         def run(value: Tensor, *beside: Any) -> Tensor:
             """Smooth, at least backward."""
-            soft = _softly(stage, gate_temperature, value, beside)
-            return _with_backward_of(soft, stage, value, beside) if hard_forward else soft
+            gate = None if stage.gate is None else _gate_of(stage, value, beside)
+            soft = _softly(stage, gate, gate_temperature, value, beside)
+            return _with_backward_of(soft, stage, value, beside, gate) if hard_forward else soft
 
         return replace(bare, run=run)
 
     return Stages(**{name: altered(name, stage) for name, stage in stages.declared.items()})
 
 
-def _softly(stage: Stage, temperature: float, value: Tensor, beside: tuple[Any, ...]) -> Tensor:
-    changed = (stage.smooth or stage.run)(value, *beside)
-    if stage.gate is None:
-        return changed
-    gate = _gate_of(stage, value, beside)
-    weight = _per_row(torch.sigmoid((gate.statistic_n - gate.threshold) / (temperature * (abs(gate.threshold) or 1.0))), value)
-    return weight * changed + (1 - weight) * shut(stage, value, *beside)
+def _softly(stage: Stage, gate: Gate | None, temperature: float, value: Tensor, beside: tuple[Any, ...]) -> Tensor:
+    """``w smooth + (1 - w) otherwise``. Where ``w`` and its slope ``w / (T |t|)`` vanish beside 1 the smooth form is not run."""
+    smooth = stage.smooth or stage.run
+    if gate is None:
+        return smooth(value, *beside)
+    softness = temperature * (abs(gate.threshold) or 1.0)
+    weight_n, left = torch.sigmoid((gate.statistic_n - gate.threshold) / softness), shut(stage, value, *beside)
+    wanted_n = 1 - weight_n.detach() / min(softness, 1.0) < 1
+
+    def mixed(value: Tensor, weight_n: Tensor, left: Tensor, *beside: Any) -> Tensor:
+        """Of some images."""
+        weight = _per_row(weight_n, value)
+        return weight * smooth(value, *beside) + (1 - weight) * left
+
+    together = stage.batch_coupled or in_a_graph()
+    return _on_rows(mixed, torch.ones_like(wanted_n) if together else wanted_n, left, value, (weight_n, left, *beside))
 
 
 def _gate_of(stage: Stage, value: Tensor, beside: tuple[Any, ...]) -> Gate:
@@ -252,10 +293,10 @@ def _per_row(row_n: Tensor, value: Tensor) -> Tensor:
     return row_n.view(-1, *[1] * (value.ndim - 1)).to(value.dtype if row_n.is_floating_point() else row_n.dtype)
 
 
-def _with_backward_of(stand_in: Tensor, stage: Stage, value: Tensor, beside: tuple[Any, ...]) -> Tensor:
-    """What the stage gives, with the gradient of ``stand_in``."""
+def _with_backward_of(stand_in: Tensor, stage: Stage, value: Tensor, beside: tuple[Any, ...], gate: Gate | None = None) -> Tensor:
+    """What the stage gives, with the gradient of ``stand_in``; its gate is not asked again where it is known."""
     with torch.no_grad():
-        changed = act(stage, value, *beside)
+        changed = act(stage, value, *beside) if gate is None else _where_open(stage, gate.open_n, value, beside)
     given: Tensor = _BackwardOf.apply(stand_in, changed)
     return given
 

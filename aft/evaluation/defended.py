@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from aft.clip.stages import Draw, Purpose, draws_for
 from aft.evaluation.adaptive import WEIGHTS, Informed, Way
 from aft.evaluation.checks import inside
 from aft.evaluation.judge import Cell
+from aft.evaluation.transfer import Transferred
 
 #: What is noted of each candidate: share of the selection draws and of the scoring draws that it is right for, share of the draws for
 #: which a gate opens on it, share of its gradients that were none, whether it is inside the ball, the first scoring draw's answer, and
@@ -94,10 +96,12 @@ class DefendedJudge:
 
     Args:
         cell: what to measure.
+        kept: folder where A's points lie for all defences of a model; none: they are made anew.
     """
 
-    def __init__(self, cell: Cell) -> None:
+    def __init__(self, cell: Cell, kept: Path | None = None) -> None:
         assert cell.protocol.plan is not None
+        self.transferred = Transferred(kept)
         self.cell, self.model, self.task, self.plan = cell, cell.model, cell.task, cell.protocol.plan
         self.moves = [move for move in cell.moves if isinstance(move, Informed)]
         self.context, self.base_context = (self.task.prepare(model, cell.data) for model in (self.model, self.model.undefended))
@@ -122,13 +126,14 @@ class DefendedJudge:
         found, bases = [clean], [self._base_right(shown, shown.images_nCHW)]
         places_n = ((clean["selection"] > 0) | bases[0]).nonzero().flatten()
         for move in self.of_way("transfer"):
-            points_nCHW, base_n = shown.images_nCHW.clone(), bases[-1].clone()
+            columns, base_n = {name: column.clone() for name, column in clean.items()}, bases[-1].clone()
             if len(places_n):
                 part = shown.only(places_n)
-                objective = self.task.objective(self.model.undefended, self.base_context, part.truth_n, move.loss)
-                points_nCHW[places_n] = move.attack(objective, part.images_nCHW, part.keys_n).x_BCHW
-                base_n[places_n] &= self._base_right(part, points_nCHW[places_n])
-            found.append(self.candidate(shown, points_nCHW))
+                points_nCHW = self._against_undefended(move, part)
+                base_n[places_n] &= self._base_right(part, points_nCHW)
+                for name, column in self.candidate(part, points_nCHW).items():
+                    columns[name][places_n] = column
+            found.append(columns)
             bases.append(base_n)
         return self._table(shown, found, {"base": torch.stack(bases, 1)})
 
@@ -154,6 +159,16 @@ class DefendedJudge:
             if points_nCHW is not None:
                 points.append(points_nCHW)
         return self._table(shown, found)
+
+    def _against_undefended(self, move: Informed, part: Shown) -> Tensor:
+        """A's points; those that were made for another defence of these weights are taken from there."""
+        def make(places: Tensor) -> Tensor:
+            """Of images that nobody has attacked yet."""
+            some = part.only(places.to(self.device))
+            objective = self.task.objective(self.model.undefended, self.base_context, some.truth_n, move.loss)
+            return move.attack(objective, some.images_nCHW, some.keys_n).x_BCHW
+
+        return self.transferred.of(self.cell, move, part.rows, make).to(part.images_nCHW)
 
     def pilot(self, rows: Sequence[int], left: Sequence[int]) -> tuple[Pilot, Verdicts]:
         """What must be known before the second round.

@@ -26,6 +26,8 @@ Shares = NDArray[np.float64]
 
 #: Resamples of the images for an interval, and the fewest images on which one is believed.
 RESAMPLES, FEWEST_IMAGES = 2000, 100
+#: Images on which the cost of a look is counted.
+COSTED = 16
 #: A defence's gradients may be zero on this share; queries may find so much more than gradients.
 ZERO_GRADIENTS, QUERIES_MORE = 0.01, 0.002
 
@@ -202,9 +204,11 @@ CHECKS = ("E1", "E2", "E4", "E8", "E10", "E18", "E32", "E33")
 
 
 def cost_multiplier(cell: Cell) -> float:
-    """Floating-point operations of one defended forward, gradients of its own included, over those of an undefended one."""
-    images_nCHW = cell.in_space(cell.data.batch([0]).images.to(next(cell.model.parameters()).device))
-    keys_n = cell.data.index_N[:1].to(images_nCHW.device)
+    """Floating-point operations of one defended forward, gradients of its own included, over those of an undefended one; the mean over the
+    first images, since a gate spares some."""
+    few = range(min(COSTED, len(cell.data)))
+    images_nCHW = cell.in_space(cell.data.batch(few).images.to(next(cell.model.parameters()).device))
+    keys_n = cell.data.index_N[: len(few)].to(images_nCHW.device)
     contexts = [cell.task.prepare(model, cell.data) for model in (cell.model, cell.model.undefended)]
     draws = draws_for("selection", keys_n)
     defended = operations(lambda x: cell.task.forward(cell.model, x, contexts[0], draws), images_nCHW)

@@ -26,6 +26,8 @@ from aft.evaluation.place import Place
 from aft.evaluation.runner import Parts, card_path, finished
 from aft.evaluation.sanity import MADE, sane
 
+#: Folder beside parts and cards of A's points, which all defences of a model share; it can be deleted, and costs their time again.
+KEPT = "transfer"
 Log = Callable[[str], None]
 Measured = Callable[[list[int]], Verdicts]
 
@@ -52,7 +54,7 @@ def evaluate(
         raise ConfigError(f"{cell.protocol.name} tries several points an image and keeps none: leave out keep_images.")
     path = card_path(out, label, cell)
     folder = out / "parts" / f"{path.parent.name}-{cell.id}"
-    card = finished(path, cell) or _measured(cell, path, folder, batch_size, place or Place(), command, log)
+    card = finished(path, cell) or _measured(cell, path, folder, out / KEPT, batch_size, place or Place(), command, log)
     checks = int(more.get("checks", 0))
     if card is not None and card["metrics"]["checks"]["images"] < checks and card["metrics"]["defended"]["pilot"]["ways"]:
         card = doubted(cell, card, cards.read_arrays(path.with_suffix(".npz")), checks)
@@ -73,10 +75,12 @@ def doubted(cell: Cell, card: Card, verdicts: Verdicts, images: int) -> Card:
     return {**card, "verdict": verdict, "metrics": {**card["metrics"], "checks": checks}}
 
 
-def _measured(cell: Cell, path: Path, folder: Path, batch_size: int, place: Place, command: str | None, log: Log) -> Card | None:
+def _measured(
+    cell: Cell, path: Path, folder: Path, kept: Path, batch_size: int, place: Place, command: str | None, log: Log
+) -> Card | None:
     """Both rounds, then the card."""
     with scoring(cell.model):
-        judge = DefendedJudge(cell)
+        judge = DefendedJudge(cell, kept)
         first = _round(judge, judge.first, range(len(cell.data)), Parts(folder / "first"), batch_size, place, log)
         if first is None:
             return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -71,3 +73,55 @@ def test_a_temperature_of_zero_is_refused(images):
     """It is no soft gate."""
     with pytest.raises(ConfigError, match="above 0"):
         encoded(images, gate_temperature=0.0)
+
+
+def counted(form, seen):
+    """The same, noting which images it is shown, by their second pixel."""
+    def run(x, draw):
+        """Notes and runs."""
+        seen.append(sorted(x[:, 0, 0, 1].tolist()))
+        return form(x, draw)
+
+    return run
+
+
+def test_a_gated_stage_runs_on_the_images_that_it_acts_on(images):
+    """With the values, dtype and slope of running on all and choosing; none is run where no gate is open, all where all are."""
+    marks, seen = images.detach()[:, 0, 0, 1].tolist(), []
+    stage = Stage(counted(SIGN.run, seen), gate=statistic, otherwise=SIGN.otherwise)
+    given = encode_in_stages(Around(Stages(stage), LinearTower()), images).embedding_BD
+    chosen = torch.where(statistic(images).open_n.view(-1, 1, 1, 1), SIGN.run(images, None), SIGN.otherwise(images, None))
+    assert torch.equal(given, LinearTower().encode(chosen).embedding_BD) and seen == [sorted(marks[2:])]
+    assert torch.equal(slope(given, images), slope(LinearTower().encode(chosen).embedding_BD, images))
+    for rows, ran in ((slice(0, 2), []), (slice(2, 4), [sorted(marks[2:])])):
+        seen.clear()
+        part = encode_in_stages(Around(Stages(stage), LinearTower()), images[rows]).embedding_BD
+        assert torch.equal(part, given[rows]) and seen == ran
+    seen.clear()
+    encode_in_stages(Around(Stages(replace(stage, batch_coupled=True)), LinearTower()), images)
+    assert seen == [sorted(marks)], "neighbours count"
+
+
+def test_a_soft_gate_leaves_out_what_changes_no_bit(images):
+    """Cold, the images far below the threshold are not shown to the smooth form, and slope and forward are those of showing it all."""
+    marks, seen = images.detach()[:, 0, 0, 1].tolist(), []
+    stage = Stage(SIGN.run, gate=statistic, otherwise=SIGN.otherwise, smooth=counted(SIGN.smooth, seen))
+    for temperature, shown in ((0.1, marks), (0.004, marks[1:])):
+        seen.clear()
+        given = encode_in_stages(Around(Stages(stage), LinearTower()), images, gate_temperature=temperature).embedding_BD
+        weight = torch.sigmoid((images[:, 0, 0, 0] - 0.5) / (temperature * 0.5)).view(-1, 1, 1, 1)
+        mixed = LinearTower().encode(weight * SIGN.smooth(images, None) + (1 - weight) * images / 2).embedding_BD
+        assert seen == [sorted(shown)] and torch.allclose(given, mixed, rtol=1e-14, atol=0)
+        assert torch.allclose(slope(given, images), slope(mixed, images), rtol=1e-13, atol=1e-13)
+
+
+def test_what_is_its_own_smooth_form_runs_once(images):
+    """A stage without a sign and a gate is not run a second time for the forward of C."""
+    seen = []
+    stage = Stage(counted(lambda x, draw: x**2, seen))
+    encode_in_stages(Around(Stages(stage), LinearTower()), images, gate_temperature=0.1, hard_forward=True)
+    assert len(seen) == 1
+    asked = []
+    gate = Stage(SIGN.run, gate=lambda x, draw: asked.append(1) or statistic(x), smooth=SIGN.smooth)
+    encode_in_stages(Around(Stages(gate), LinearTower()), images, gate_temperature=0.1, hard_forward=True)
+    assert len(asked) == 1, "its gate neither"

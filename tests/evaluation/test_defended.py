@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from aft import cards
+from aft.attacks import APGD
 from aft.clip.stages import DRAWS_A_PURPOSE, Stage, Stages
 from aft.errors import ConfigError
 from aft.evaluation import Cell, Place, evaluate, first, plan
@@ -16,6 +17,7 @@ from aft.evaluation.defended import DefendedJudge
 from aft.evaluation.defended_card import gain, rows_decided, words
 from aft.evaluation.judge import Survivors
 from aft.evaluation.runner import card_path
+from aft.evaluation.transfer import transfer_id
 from tests.staged import Made, blurred, defended, gated_blur, grey_levels, noisy
 
 EPS = 0.008
@@ -282,3 +284,28 @@ def test_ordinary_protocols_run_on_a_random_model_and_are_not_believed(model, da
         card = evaluate(Cell(noise, first(data, 8), plan(name, eps=EPS, steps=3, targets=2, classes=5)), tmp_path)
         assert card["robust_accuracy"] <= card["clean_accuracy"] and {"E6", "E33"} <= set(card["verdict"]["failed_checks"])
         assert card["defense"] == {**dict.fromkeys(cards.BLOCKS["defense"]), "name": "made", "settings": {}}
+
+
+def test_the_points_of_a_are_made_once_for_all_defences_of_a_model(model, data, make, tmp_path, monkeypatch):
+    """A second defence takes them from the first, and finds what it would have found alone; other weights, radii and seeds have their own."""
+    made = []
+    search = APGD.run
+    monkeypatch.setattr(APGD, "run", lambda self, objective, x, *more: made.append(len(x)) or search(self, objective, x, *more))
+    cells = {name: cell_for(defended(model, name, pixels=stage), data, "oblivious") for name, stage in
+             (("blur", blurred()), ("noise", noisy(0.02)))}  # fmt: skip
+    evaluate(cells["blur"], tmp_path, "blur", batch_size=15)
+    first_time = sum(made)
+    made.clear()
+    evaluate(cells["noise"], tmp_path, "noise", batch_size=7)
+    assert sum(made) < first_time / 4, "but those that the first defence alone got wrong"
+    shared = verdicts_of(cells["noise"], tmp_path, "noise")
+    evaluate(cells["noise"], tmp_path / "alone", "noise")
+    alone = verdicts_of(cells["noise"], tmp_path / "alone", "noise")
+    assert all(same(shared[name], alone[name]) for name in shared)
+    ids = {transfer_id(cell, move) for cell in cells.values() for move in cell.moves}
+    assert len(ids) == len(list((tmp_path / "transfer").iterdir())) == 2
+    (weights, _), blur = make, blurred()
+    others = [cell_for(defended(weights(seed=3), "blur", pixels=blur), data, "oblivious"), replace(cells["blur"], seed=1),
+              cell_for(defended(model, "blur", pixels=blur), data, "oblivious", eps=0.01),
+              cell_for(defended(model, "blur", pixels=blur), data, "oblivious", n=30)]  # fmt: skip
+    assert len(ids | {transfer_id(cell, move) for cell in others for move in cell.moves}) == 2 * (1 + len(others))
