@@ -36,8 +36,8 @@ class CLIPureDiff(Defended):
     Args:
         model: a plain model.
         prior: file of :mod:`aft.defenses.fit_prior`, or of a prior of ``dalle2_pytorch`` with its JSON configuration beside it
-            (``FILE.pth`` and ``FILE.json``); a folder of such files: the one that was trained on the embeddings of these very weights, there
-            or among those that ship; none: the one that ships for MiniCLIP-32 and what was fine-tuned from it.
+            (``FILE.pth`` and ``FILE.json``); a folder of such files: the one that was trained on embeddings of these very weights, there or
+            among those that ship; none: the one that ships for MiniCLIP-32 and what was fine-tuned from it.
         steps, step: of the climb, the step along a unit tangent: each step rotates by ``arctan(step)``.
         samples: times and noises a step.
         first, last: share of the noise schedule that times come from, uniformly.

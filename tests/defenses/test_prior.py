@@ -184,7 +184,7 @@ def test_the_shipped_prior_is_minicips_and_warns_of_what_was_fine_tuned():
 
 
 def test_a_folder_has_the_prior_of_these_very_weights(vit, tmp_path):
-    """By the hash in its file; none and two of them are errors; a file of other weights warns; a model whose prior ships needs none there."""
+    """By the hash in its file; none and two of them are errors; a file of other weights warns; one that ships needs none there."""
     folder = tmp_path / "priors"
     with pytest.raises(ConfigError, match="priors has no diffusion prior of these weights .vit, none"):
         defend(vit, "clipure_diff", prior=str(folder))

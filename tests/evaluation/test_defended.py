@@ -15,7 +15,9 @@ from aft.evaluation import Cell, Place, evaluate, first, plan
 from aft.evaluation.adaptive import WEIGHTS
 from aft.evaluation.defended import DefendedJudge
 from aft.evaluation.defended_card import gain, rows_decided, words
+from aft.evaluation.defended_report import robust_n
 from aft.evaluation.judge import Survivors
+from aft.evaluation.pages.tables import number_of
 from aft.evaluation.runner import card_path
 from aft.evaluation.transfer import transfer_id
 from tests.staged import Made, blurred, defended, gated_blur, grey_levels, noisy
@@ -130,8 +132,10 @@ def test_the_sweep_tries_every_weight_and_the_best_goes_on(model, data, tmp_path
 def test_a_union_is_over_images_that_saw_every_attack(model, data, tmp_path):
     """B to D on the first three that A left: the union's n goes up to the fourth, and the undefended figure beside it has the same n."""
     cell = cell_for(defended(model, pixels=blurred()), data, left=3)
-    told, seen = figures(evaluate(cell, tmp_path)), verdicts_of(cell, tmp_path)
+    card = evaluate(cell, tmp_path)
+    told, seen = figures(card), verdicts_of(cell, tmp_path)
     open_rows = np.flatnonzero(seen["selection"][:, :3].min(1) > 0)
+    assert robust_n(card) == number_of("m", card, "robust").n == open_rows[3] < number_of("m", card, "clean").n == 40, "as it is shown"
     assert told["adaptive"]["n"] == open_rows[3] == told["undefended_there"]["n"] == told["gain"]["n"]
     assert told["oblivious"]["n"] == 40 and told["per_attack"]["b_pgd_margin"]["n"] == 3
     worst = np.nanmin(seen["selection"][: open_rows[3], :5], axis=1)
@@ -287,7 +291,7 @@ def test_ordinary_protocols_run_on_a_random_model_and_are_not_believed(model, da
 
 
 def test_the_points_of_a_are_made_once_for_all_defences_of_a_model(model, data, make, tmp_path, monkeypatch):
-    """A second defence takes them from the first, and finds what it would have found alone; other weights, radii and seeds have their own."""
+    """A second defence takes them from the first, and finds what it finds alone; other weights, radii and seeds have their own."""
     made = []
     search = APGD.run
     monkeypatch.setattr(APGD, "run", lambda self, objective, x, *more: made.append(len(x)) or search(self, objective, x, *more))
