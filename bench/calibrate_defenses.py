@@ -11,6 +11,7 @@ Shapes: n images, C channels, H height, W width, D embedding width, K classes.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from aft.attacks.adaptive import Expected, draw_cosines, eot_count
 from aft.attacks.noise import uniform
 from aft.attacks.sight import Dice, Sight
 from aft.attacks.threat_model import pixel_fraction
-from aft.cards import standard_error, write_whole
+from aft.cards import digest, standard_error, write_whole
 from aft.clip import ZeroShotModel, load_model
 from aft.clip.stages import Draw, draws_for, encode_in_stages
 from aft.defenses import defend, open_gates
@@ -38,6 +39,8 @@ from datamodules import ImageFolder
 HERE = Path(__file__).resolve().parents[1]
 RECIPE = HERE / "bench" / "calibrate_defenses.yaml"
 OUT = HERE / "results" / "defenses" / "calibration.json"
+#: Candidates that are done; ignored by git, and can be deleted.
+KEPT = HERE / "runs" / "calibrate_defenses.json"
 MOST_CANDIDATES = 6
 #: Draws that the attack's gradient is a mean of, at the most, and the place of the dice that find out how many are needed.
 MOST_DRAWS, PILOT = 9, 1
@@ -71,6 +74,12 @@ class Images:
         self.names, self.templates = part.class_names, part.templates
         self.shown_nCHW, self.labels_n, self.keys_n = batch.images, batch.labels, sample_keys(seed, 0, batch.index)
         self.text_KD = model.text_bank(self.names, self.templates)
+
+    def only(self, chosen_n: Tensor) -> Images:
+        """Those where ``chosen_n`` (bool), with the texts of all."""
+        part = copy.copy(self)
+        part.shown_nCHW, part.labels_n, part.keys_n = self.shown_nCHW[chosen_n], self.labels_n[chosen_n], self.keys_n[chosen_n]
+        return part
 
     def draws(self, count: int) -> list[Draw]:
         """Draws of the choice of settings; the verdict's own are never looked at."""
@@ -170,7 +179,8 @@ def cos_lemma(model: ZeroShotModel, seen: Images) -> dict[str, Any]:
 
 
 def attacked(
-    model: ZeroShotModel, seen: Images, given: Mapping[str, Any], settled: Mapping[str, Mapping[str, Any]], attack: Attacker
+    model: ZeroShotModel, seen: Images, given: Mapping[str, Any], settled: Mapping[str, Mapping[str, Any]], attack: Attacker,
+    kept: Path | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Clean and robust accuracy of every candidate under the attack that knows it, and its gate rates on clean and attacked images.
 
@@ -180,34 +190,50 @@ def attacked(
         given: ``candidates``, ``eps``, ``steps``, ``draws``.
         settled: settings that were chosen without an attack, by defence; a candidate's own come first.
         attack: attack B.
+        kept: file of the candidates that are done, so that a killed run goes on; none: none is kept.
 
     Raises:
         ConfigError: more candidates than six of a defence.
     """
-    rows: dict[str, list[dict[str, Any]]] = {"undefended": [measured(model, seen, given, attack)]}
+    def row(name: str, full: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """One candidate, measured or taken from the file."""
+        told = {"settings": dict(settings)} if settings is not None else {}
+        how = {key: given[key] for key in ("eps", "steps", "draws")}
+        key = digest([model.record.sha256, seen.keys_n.tolist(), name, dict(full), how])[:16]
+        before = {} if kept is None or not kept.exists() else json.loads(kept.read_text())
+        if key not in before:
+            before[key] = measured(defend(model, name, **full) if name != "undefended" else model, seen, given, attack)
+            if kept is not None:
+                write_whole(kept, json.dumps(before).encode())
+            print(name, dict(full), {kind: before[key][kind]["percent"] for kind in ("clean", "robust")}, flush=True)
+        return told | before[key]
+
+    rows: dict[str, list[dict[str, Any]]] = {"undefended": [row("undefended", {})]}
     for name, candidates in given["candidates"].items():
         if len(candidates) > MOST_CANDIDATES:
             raise ConfigError(f"{name} has {len(candidates)} candidates: {MOST_CANDIDATES} are allowed, so that none is tuned longer.")
-        rows[name] = [
-            {"settings": settings, **measured(defend(model, name, **{**settled.get(name, {}), **settings}), seen, given, attack)}
-            for settings in candidates
-        ]
+        rows[name] = [row(name, {**settled.get(name, {}), **settings}, settings) for settings in candidates]
     return rows
 
 
 def measured(model: ZeroShotModel, seen: Images, given: Mapping[str, Any], attack: Attacker) -> dict[str, Any]:
-    """One candidate. An image is robust as often as it is right when clean and under attack."""
+    """One candidate. An image is robust as often as it is right when clean and under attack; what no draw gets right is not attacked."""
     text_KD = model.text_bank(seen.names, seen.templates)
     eps = pixel_fraction(given["eps"])
-    shown_nCHW = attack(model, text_KD, seen.shown_nCHW, seen.labels_n, seen.keys_n, eps=eps, steps=given["steps"])
-    if float((shown_nCHW - seen.shown_nCHW).abs().max()) > eps + 1e-6:
+    clean_n = seen.right(model, seen.shown_nCHW, given["draws"])
+    robust_n, right = torch.zeros_like(clean_n), seen.only(clean_n > 0)
+    if not len(right.labels_n):
+        return {"clean": share(clean_n), "robust": share(robust_n), "attacked": 0, "gate_rates": {}}
+    shown_nCHW = attack(model, text_KD, right.shown_nCHW, right.labels_n, right.keys_n, eps=eps, steps=given["steps"])
+    if float((shown_nCHW - right.shown_nCHW).abs().max()) > eps + 1e-6:
         raise ConfigError("the attack left the ball: its images are farther than eps from the clean ones.")
-    clean_n, hit_n = (seen.right(model, images, given["draws"]) for images in (seen.shown_nCHW, shown_nCHW))
-    (draw,) = seen.draws(1)
-    with torch.no_grad():
-        gates = {kind: {stage: round(float(opened.float().mean()), 3) for stage, opened in open_gates(model, images, draw).items()}
-                 for kind, images in (("clean", seen.shown_nCHW), ("attacked", shown_nCHW))}  # fmt: skip
-    return {"clean": share(clean_n), "robust": share(torch.minimum(clean_n, hit_n)), "gate_rates": gates}
+    robust_n[clean_n > 0] = torch.minimum(clean_n[clean_n > 0], right.right(model, shown_nCHW, given["draws"]))
+    gates = {}
+    for kind, part, images in (("clean", seen, seen.shown_nCHW), ("attacked", right, shown_nCHW)):
+        with torch.no_grad():
+            opened = open_gates(model, images, part.draws(1)[0])
+        gates[kind] = {stage: round(float(open_n.float().mean()), 3) for stage, open_n in opened.items()}
+    return {"clean": share(clean_n), "robust": share(robust_n), "attacked": len(right.labels_n), "gate_rates": gates}
 
 
 def chosen(rows: Mapping[str, Sequence[Mapping[str, Any]]], clean_loss: float) -> dict[str, Any]:
@@ -251,7 +277,7 @@ def run(recipe: Mapping[str, Any], attack: Attacker | None, out: Path = OUT) -> 
             given = recipe["attacked"]
             settled = {"ttc": {"threshold": free["ttc"]["threshold"]}, "aom": {"sigma": free["aom"]["sigma"]},
                        "clipure_diff": {key: free["clipure_diff"][key] for key in ("first", "last", "step")}}  # fmt: skip
-            rows = attacked(model, Images(model, data, given["images"], recipe["seed"]), given, settled, attack)
+            rows = attacked(model, Images(model, data, given["images"], recipe["seed"]), given, settled, attack, KEPT)
             told["with_attack"] = {"images": given["images"], "eps": given["eps"], "steps": given["steps"], "rows": rows,
                                    "chosen": chosen(rows, given["clean_loss"])}  # fmt: skip
     write_whole(out, (json.dumps(told, indent=1) + "\n").encode())

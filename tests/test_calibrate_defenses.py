@@ -56,6 +56,7 @@ def test_candidates_are_measured_under_the_attack_that_is_handed_in(model, seen)
     assert [len(found) for found in rows.values()] == [1, 1, 2]
     for found in (one for some in rows.values() for one in some):
         assert 0 <= found["robust"]["percent"] <= found["clean"]["percent"] <= 100
+        assert found["attacked"] >= 0.1199 * found["clean"]["percent"]
     assert rows["ttc"][1]["gate_rates"] == {"clean": {"pixels": 0.0}, "attacked": {"pixels": 0.0}}
     assert rows["ttc"][0]["gate_rates"]["clean"]["pixels"] > 0
 
@@ -67,6 +68,47 @@ def test_no_defence_is_tuned_longer_than_the_others_and_no_attack_leaves_the_bal
         bench.attacked(model, seen, given, {}, upwards)
     with pytest.raises(ConfigError, match="left the ball"):
         bench.measured(model, seen, given, lambda model, text, images, *rest, **settings: 1 - images)
+
+
+def test_images_that_are_wrong_when_clean_are_not_attacked(model, seen):
+    """They count as not robust; the others are found what they are found beside them."""
+    given, shown = {"eps": "8/255", "steps": 3, "draws": 3}, []
+
+    def attack(*args, **settings):
+        """Notes the labels."""
+        shown.append(args[3])
+        return bench.bpda_and_eot(*args, **settings)
+
+    for defended in (model, defend(model, "noise", scale="32/255")):
+        told = bench.measured(defended, seen, given, attack)
+        clean = seen.right(defended, seen.shown_nCHW, 3)
+        assert 0 < len(shown[-1]) == int((clean > 0).sum()) < 12
+        text_KD = defended.text_bank(seen.names, seen.templates)
+        every = bench.bpda_and_eot(defended, text_KD, seen.shown_nCHW, seen.labels_n, seen.keys_n, eps=8 / 255, steps=3)
+        if defended is model:  # of a random one the number of draws is a median over the images
+            assert told["robust"] == bench.share(torch.minimum(clean, seen.right(defended, every, 3)))
+        assert told["robust"]["percent"] <= told["clean"]["percent"]
+
+
+def test_a_candidate_that_is_done_is_not_measured_again(model, seen, tmp_path):
+    """By model, images, settings and attack; a killed run goes on with the next one."""
+    given = {"candidates": {"low_pass": [{"sigma": 0.5}]}, "eps": "8/255", "steps": 2, "draws": 1}
+    calls = []
+
+    def attack(*args, **settings):
+        """Counts, and dies at the second candidate."""
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return upwards(*args, **settings)
+
+    kept = tmp_path / "kept.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench.attacked(model, seen, given, {}, attack, kept)
+    rows = bench.attacked(model, seen, given, {}, attack, kept)
+    assert len(calls) == 3 and rows == bench.attacked(model, seen, given, {}, attack, kept) and len(calls) == 3
+    bench.attacked(model, seen, {**given, "steps": 3}, {}, attack, kept)
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize("name", [None, "noise", "low_pass", "ttc", "clipure_cos_closed"])
