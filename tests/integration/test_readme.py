@@ -50,6 +50,7 @@ READ_ONLY = {
     "python train.py fit -c configs/methods/tecoa.yaml -c configs/data/folder.yaml -c configs/trainer/ddp.yaml": "several GPUs",
     "python eval.py -c configs/eval/apgd.yaml --model ViT-B-32/openai": "a download",
     "python eval.py -c configs/eval/zero_shot_suite.yaml": "data sets that are not embedded",
+    "python eval.py -c configs/eval/defenses_table.yaml": "hours; tests/evaluation/test_eval_command.py runs it on four images",
     "python eval.py -c configs/eval/hybrid.yaml": "hours; tests/evaluation/test_eval_command.py runs it on four images",
 }
 
