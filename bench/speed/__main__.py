@@ -1,0 +1,127 @@
+"""``python -m bench.speed``: measures every row, shows the table, writes ``results/bench.json`` and the table of ``docs/performance.md``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aft.cards import write_whole
+from aft.errors import ConfigError, unknown_name
+from bench.speed import record
+from bench.speed.row import Effort, NotHere, Row
+from bench.speed.rows import ROWS
+from bench.speed.setting import ROOT
+
+OUT = ROOT / "results" / "bench.json"
+PAGE = ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- table of results/bench.json, by python -m bench.speed --page -->", "<!-- end of the table -->"
+
+
+def settings_of(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__)
+    parser.add_argument("--only", action="append", metavar="ROW", help="measure this row; may be given again. Others in the file stay.")
+    parser.add_argument("--quick", action="store_true", help="a few repeats: does every row run? Needs --out, since these are no figures.")
+    parser.add_argument("--out", type=Path, default=None, help=f"file to write (default: {OUT.relative_to(ROOT)})")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: its own choice)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto takes a GPU where there is one")
+    parser.add_argument("--list", action="store_true", help="print the rows' names and end")
+    parser.add_argument("--page", action="store_true", help="measure nothing: write the file's table into docs/performance.md")
+    return parser.parse_args(words)
+
+
+def chosen(only: Sequence[str] | None) -> list[Row]:
+    """The rows asked for.
+
+    Raises:
+        ConfigError: there is no such row; near matches are listed.
+    """
+    by_name = {row.name: row for row in ROWS}
+    for name in only or ():
+        if name not in by_name:
+            raise ConfigError(unknown_name("row", name, by_name))
+    return list(ROWS) if not only else [row for row in ROWS if row.name in set(only)]
+
+
+def measure(row: Row, effort: Effort) -> dict[str, Any]:
+    """One row of the file."""
+    load, began = os.getloadavg()[0], time.perf_counter()
+    try:
+        found = row.measure(effort)
+    except NotHere as error:
+        return record.missing(row, str(error))
+    return record.measured(row, found, effort, time.perf_counter() - began, load)
+
+
+def with_table(page: str, table: str) -> str:
+    """The page with another table between its marks.
+
+    Raises:
+        ConfigError: the marks are not there.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ConfigError(f"the page lacks {BEGIN!r} or {END!r}: put both where the table belongs.")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def write_page(out: Path) -> None:
+    """The table of a file into the page."""
+    write_whole(PAGE, with_table(PAGE.read_text(encoding="utf-8"), record.page(record.read(out))).encode())
+
+
+def quiet() -> None:
+    """Lightning's tips say nothing here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning.*")
+
+
+def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Measures, shows, writes; gives the rows that were measured.
+
+    Raises:
+        ConfigError: an unknown row, or ``--quick`` over the kept figures.
+    """
+    asked = settings_of(words)
+    rows, out = chosen(asked.only), asked.out or OUT
+    if asked.list:
+        print(*(f"{row.name:15} {row.what}" for row in rows), sep="\n")
+        return []
+    if asked.page:
+        write_page(out)
+        return []
+    if asked.quick and asked.out is None:
+        raise ConfigError(f"--quick measures too little for {OUT.relative_to(ROOT)}: give --out FILE.")
+    quiet()
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if asked.device == "auto" else asked.device
+    effort = Effort(asked.quick, device)
+    start = record.head(effort)
+    kept = record.older(out, start, [row.name for row in rows]) if asked.only else []
+    done: list[dict[str, Any]] = []
+    for row in rows:
+        print(f"{row.name} ...", end=" ", flush=True)
+        done.append(measure(row, effort))
+        print(" ".join(cell for cell in record.cells(done[-1])[2:] if cell), flush=True)
+        record.write(out, start, [*kept, *done], [each.name for each in ROWS])
+    print()
+    record.show(done)
+    print(f"written: {out}")
+    if out == OUT:
+        write_page(out)
+    return done
+
+
+if __name__ == "__main__":
+    main()

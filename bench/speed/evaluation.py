@@ -1,0 +1,86 @@
+"""Forwards of an evaluation: on images that break at once, and as a function of the share of robust images."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import torch
+
+from aft.clip import ModelSpec, ZeroShotModel, load_model
+from aft.evaluation import Cell, first, plan
+from aft.evaluation.judge import Cost, Judge, scoring
+from aft.evaluation.protocols import STEPS, TARGETS
+from bench.speed.row import Effort, Found, NotHere
+from bench.speed.setting import ROOT
+from datamodules import Sample
+
+WEIGHTS = ROOT / "results" / "weights" / "tecoa_seed0.safetensors"
+#: A radius at which the first step breaks everything, and one at which nothing breaks.
+AT_ONCE, NEVER = 0.5, 1e-6
+
+
+def robust_model() -> ZeroShotModel:
+    """A MiniCLIP-32 that was trained on adversarial images."""
+    return load_model(ModelSpec("miniclip32", str(WEIGHTS))).eval()
+
+
+def cell_of(model: ZeroShotModel, protocol: str, eps: float, images: int) -> Cell:
+    """The first images of the sample's test set that are right when clean."""
+    whole = first(Sample().evaluation_set("test"), 10 * images)
+    batch = whole.batch(range(len(whole)))
+    with torch.no_grad():
+        right = model(batch.images, model.text_bank(whole.class_names, whole.templates)).argmax(1) == whole.labels_N
+    data = whole.take(right.nonzero().flatten()[:images])
+    return Cell(model, data, plan(protocol, eps=eps, steps=STEPS, targets=TARGETS, classes=len(data.class_names)))
+
+
+def forwards(cell: Cell) -> tuple[int, float]:
+    """Forwards of images through the tower, and the share of robust images."""
+    with scoring(cell.model), Cost(cell.model.visual) as cost:
+        verdicts, _ = Judge(cell)(range(len(cell.data)))
+    return cost.forwards, float(verdicts["right"][:, -1].mean())
+
+
+def broken_at_once(effort: Effort) -> Found:
+    """Forwards an image under APGD-CE, APGD-T, FAB-T and Square where the first attack's first steps break it; AutoAttack's own beside."""
+    images = 4 if effort.quick else 32
+    cell = cell_of(robust_model(), "four", AT_ONCE, images)
+    spent, share = forwards(cell)
+    if share:
+        raise AssertionError(f"{share:.2f} of the images are not broken at eps = {AT_ONCE}: the row measures something else.")
+    told = {"images": images, "protocol": "four", "eps": AT_ONCE}
+    if importlib.util.find_spec("pyautoattack") is not None:
+        told["autoattack"] = forwards(cell_of(cell.model, "autoattack_standard", AT_ONCE, images))[0] / images
+    return Found([spent / images], {}, told)
+
+
+def gradient_attacks(cell: Cell, steps: int) -> Cell:
+    """The same cell with the protocol's first two attacks alone, and so many steps."""
+    shorter = (replace(one, attack=replace(one.attack, steps=steps)) for one in cell.protocol.attacks[:2])  # type: ignore[type-var]
+    return replace(cell, protocol=replace(cell.protocol, attacks=tuple(shorter)))
+
+
+def ends(model: ZeroShotModel, protocol: str, images: int, steps: int) -> tuple[float, float]:
+    """Forwards an image under APGD-CE and APGD-T, ours or AutoAttack's own, where all break at once, and where none breaks."""
+    (early, none), (full, every) = (forwards(gradient_attacks(cell_of(model, protocol, eps, images), steps)) for eps in (AT_ONCE, NEVER))
+    if (none, every) != (0.0, 1.0):
+        raise AssertionError(f"robust shares of {none} and {every} where 0 and 1 are meant.")
+    return early / images, full / images
+
+
+def by_share(effort: Effort) -> Found:
+    """Forwards of ours over AutoAttack's own for a set whose robust share is a half; other shares beside.
+
+    ``((1 - p) early + p full)`` of both, from the counted ends; APGD-CE and APGD-T, which are all of the attacks' gradients but FAB's.
+    """
+    if importlib.util.find_spec("pyautoattack") is None:
+        raise NotHere("package pyautoattack is not installed (extra eval)")
+    images, steps = 2, 5 if effort.quick else STEPS
+    model = robust_model()
+    (early, full), (stock_early, stock_full) = (ends(model, name, images, steps) for name in ("four", "autoattack_standard"))
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
+    curve = {f"{p:g}": ((1 - p) * early + p * full) / ((1 - p) * stock_early + p * stock_full) for p in shares}
+    told = {"attacks": "APGD-CE, APGD-T", "steps": steps, "targets": TARGETS, "by_robust_share": curve,
+            "forwards": {"ours": [early, full], "autoattack": [stock_early, stock_full]}}  # fmt: skip
+    return Found([curve["0.5"]], {}, told)

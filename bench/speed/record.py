@@ -1,0 +1,158 @@
+"""What stands in ``results/bench.json``, and how it is shown: on a screen of 80 columns, and as a table of a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from aft.cards import write_whole
+from aft.errors import DataError
+from aft.evaluation import origin
+from bench.speed.row import Effort, Found, Row, middle_half
+
+SCHEMA = "aft.bench/1"
+COLUMNS = 80
+#: What must be the same where rows of two starts stand in one file.
+PLACE = ("machine", "versions", "threads", "device")
+
+
+def machine() -> dict[str, Any]:
+    """What it runs on; no name of it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    models = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    return {
+        "cpu": ", ".join(sorted(models)) or platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "system": platform.system(), "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }  # fmt: skip
+
+
+def head(effort: Effort) -> dict[str, Any]:
+    """All that is the same for every row of a start."""
+    return {
+        "schema": SCHEMA, "machine": machine(), "versions": origin.versions(), "threads": torch.get_num_threads(),
+        "device": effort.device, "quick": effort.quick,
+    }  # fmt: skip
+
+
+def measured(row: Row, found: Found, effort: Effort, seconds: float, load: float) -> dict[str, Any]:
+    """A row of the file: each repeat, median and spread, target, and whether it is met.
+
+    Args:
+        row: what was measured.
+        found: what came out.
+        effort: on which device.
+        seconds: that it took.
+        load: of the machine before it (mean number of running processes over a minute): the rows' own work is part of it.
+    """
+    commit, dirty = origin.commit()
+    median, (low, high), aim = statistics.median(found.values), middle_half(found.values), row.aim(effort)
+    return {
+        "name": row.name, "what": row.what, "unit": row.unit, "target": None if aim is None else str(aim), "median": median,
+        "quartiles": [low, high], "range": [min(found.values), max(found.values)], "met": None if aim is None else aim.met(median),
+        "values": found.values, "parts": found.parts, "told": found.told, "seconds": round(seconds, 1), "load": round(load, 2),
+        "commit": commit, "dirty": dirty, "created": origin.now(),
+    }  # fmt: skip
+
+
+def missing(row: Row, why: str) -> dict[str, Any]:
+    """A row that could not be measured here."""
+    return {"name": row.name, "what": row.what, "not_measured": why}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The file.
+
+    Raises:
+        DataError: it is another schema's.
+    """
+    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if told.get("schema") != SCHEMA:
+        raise DataError(f"{path}: schema {told.get('schema')!r} is not {SCHEMA!r}: measure again with python -m bench.speed.")
+    return told
+
+
+def older(path: Path, start: Mapping[str, Any], names: Iterable[str]) -> list[dict[str, Any]]:
+    """Rows of an earlier start that stay beside ``names``: those of the same machine, versions, threads and device.
+
+    Raises:
+        DataError: the file is of another machine or setting, so that the rows do not belong into one table.
+    """
+    if not path.exists():
+        return []
+    before = read(path)
+    differs = [key for key in (*PLACE, "quick") if before[key] != start[key]]
+    if differs:
+        raise DataError(
+            f"{path} was measured with another {', '.join(differs)}: measure all rows, or give --out FILE for these."
+        )
+    return [row for row in before["rows"] if row["name"] not in set(names)]
+
+
+def write(path: Path, start: Mapping[str, Any], rows: list[dict[str, Any]], order: Iterable[str]) -> None:
+    """Whole or not at all, rows in their order."""
+    places = {name: place for place, name in enumerate(order)}
+    kept = sorted(rows, key=lambda row: places.get(row["name"], len(places)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps({**start, "rows": kept}, indent=1) + "\n").encode())
+
+
+def number(value: float, unit: str) -> str:
+    """A figure as tables show it.
+
+    Example:
+        >>> number(1.0312, "x"), number(3e-13, "x"), number(8.04, "s"), number(3.0, "calls")
+        ('1.031', '3.0e-13', '8.0 s', '3')
+    """
+    if unit == "s":
+        return f"{value:.1f} s"
+    if unit == "calls":
+        return f"{value:.4g}"
+    return f"{value:.1e}" if 0 < value < 1e-3 else f"{value:.3f}"
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row's cells: what, reach, median, middle half, repeats, met."""
+    if "not_measured" in row:
+        return [row["what"], "", f"not measured: {row['not_measured']}", "", "", ""]
+    low, high = (number(value, row["unit"]) for value in row["quartiles"])
+    one = len(row["values"]) < 2
+    met = {None: "", True: "yes", False: "NO"}[row["met"]]
+    return [row["what"], row["target"] or "", number(row["median"], row["unit"]), "" if one else f"{low} to {high}",
+            str(len(row["values"])), met]  # fmt: skip
+
+
+HEADS = ("what", "reach", "median", "middle half", "n", "met")
+
+
+def show(rows: Iterable[Mapping[str, Any]]) -> None:
+    """One table on the screen."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name, settings in zip(HEADS, ({"ratio": 1}, {"min_width": 7}, {"justify": "right"}, {}, {"justify": "right"}, {}), strict=True):
+        table.add_column(name, **settings)  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*cells(row))
+    Console(width=COLUMNS).print(table)
+
+
+def page(told: Mapping[str, Any]) -> str:
+    """The same as Markdown, with the machine above it."""
+    place = told["machine"]
+    lines = [
+        f"{place['cpu']}, {place['cores']} cores, {told['threads']} threads; {place['accelerator'] or 'no GPU'}; torch "
+        f"{told['versions']['torch']}, Python {told['versions']['python']}."
+        + (" A quick run, too short for figures." if told["quick"] else ""),
+        "",
+        f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS),
+        *(f"| {' | '.join(cells(row))} |" for row in told["rows"]),
+    ]  # fmt: skip
+    return "\n".join(lines)

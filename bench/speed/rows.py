@@ -1,0 +1,40 @@
+"""The rows, in the order in which they are measured. Another one is one line here."""
+
+from __future__ import annotations
+
+from bench.speed import counts, evaluation, processes, startup
+from bench.speed.row import Row, Target
+from bench.speed.setting import BASE, MINI, tiny
+from bench.speed.training import bound, extra_pass, text_each_step
+
+NEVER_SLOWER = Target("at least", 1.0)
+
+ROWS: tuple[Row, ...] = (
+    Row("step", "TeCoA step / (2 x forward and input gradient + forward and backward), MiniCLIP-32", bound(MINI, 64, 2, 20),
+        Target("at most", 1.15), Target("at most", 1.05)),
+    Row("step_whole", "the same with AdamW, clipping, logging and Lightning", bound(MINI, 64, 2, 20, whole=True)),
+    Row("step_b32", "TeCoA step / its bound, ViT-B/32 at 224 px, batch 8", bound(BASE, 8, 2, 5), Target("at most", 1.15),
+        Target("at most", 1.05)),
+    Row("step_b32_whole", "the same with AdamW, clipping, logging and Lightning", bound(BASE, 8, 2, 5, whole=True)),
+    Row("tecoa_200", "loop as TeCoA's / our step, 10 attack steps, batch 256, 200 classes", text_each_step(tiny, 200, 256, 10, 20),
+        Target("at least", 1.7)),
+    Row("tecoa_1000", "loop as TeCoA's / our step, 10 attack steps, batch 256, 1,000 classes", text_each_step(tiny, 1000, 256, 10, 10),
+        Target("at least", 4.0)),
+    Row("fare", "loop as FARE's / our step, 10 attack steps, MiniCLIP-32", extra_pass(MINI, 64, 10, 20), NEVER_SLOWER,
+        Target("at least", 1.5)),
+    Row("fare_b32", "loop as FARE's / our step, 2 attack steps, ViT-B/32 at 224 px, batch 8", extra_pass(BASE, 8, 2, 5), NEVER_SLOWER,
+        Target("at least", 1.5)),
+    Row("held", "bytes held in an attack step / with trainable weights, MiniCLIP-32", counts.held_by_attack(MINI, 32),
+        Target("at most", 0.7)),
+    Row("held_b32", "bytes held in an attack step / with trainable weights, ViT-B/32", counts.held_by_attack(BASE, 2),
+        Target("at most", 0.7)),
+    Row("calls", "encoder calls of a step off the table, all methods", counts.encoder_calls, Target("exactly", 0), unit="calls"),
+    Row("broken", "forwards of four attacks on an image that the first one breaks (AutoAttack's own: 111)", evaluation.broken_at_once,
+        Target("at most", 12), unit="calls"),
+    Row("robust_share", "forwards of ours / AutoAttack's own, half of the images robust", evaluation.by_share),
+    Row("start_up", "python train.py to the end of the first step, MiniCLIP-32", startup.start_up, Target("at most", 15), unit="s"),
+    Row("data_wait", "share of a step's time that waits for data, sample data", startup.data_wait, Target("at most", 0.03)),
+    Row("two_gradients", "two processes against one: largest difference of gradients / largest entry, float64",
+        processes.same_gradients, Target("at most", 1e-10)),
+    Row("two_overhead", "a step of two processes / of one alone with as many images a process", processes.overhead),
+)  # fmt: skip

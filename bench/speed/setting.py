@@ -1,0 +1,139 @@
+"""What is measured on: models, images made up in memory, a method in Lightning's trainer, and a clock for two sides.
+
+Shapes: B images, C channels, H rows, W columns, K classes, D embedding width.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from aft.batch import Batch
+from aft.clip import ModelSpec
+from aft.clip.weights import EMBEDDED
+from aft.methods import AdversarialFineTuning
+from bench.speed.row import Effort
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+TINY = "bench_tiny"
+#: Steps before the first that counts: the first ones allocate, and choose algorithms.
+WARM = 2
+
+MINI = ModelSpec("miniclip32")
+BASE = ModelSpec("ViT-B-32", "random")  # speed does not need good weights
+
+
+def tiny() -> ModelSpec:
+    """A CLIP with random weights: 0.02 GFLOP an image of 32 x 32, a prompt 0.68 of that, as in ViT-B/32 (``tiny/``)."""
+    EMBEDDED[TINY] = HERE / "tiny"
+    return ModelSpec(TINY, "random")
+
+
+class MadeUp(L.LightningDataModule):
+    """One batch of random images, again and again, and K classes to tell apart.
+
+    Args:
+        batch_size: B.
+        side: H and W, pixels.
+        classes: K.
+    """
+
+    def __init__(self, batch_size: int, side: int = 32, classes: int = 10) -> None:
+        super().__init__()
+        noise = torch.Generator().manual_seed(0)
+        labels_B = torch.arange(batch_size) % classes
+        self.batch = Batch(torch.rand(batch_size, 3, side, side, generator=noise), torch.arange(batch_size), labels_B)
+        self.batch_size = batch_size
+        names = tuple(f"thing number {place}" for place in range(classes))
+        self.class_lists, self.val_class_lists = {"train": names}, ()
+        self.templates = ("This is a photo of a {}",)
+        self.class_phrases = tuple((name, f"{name} of some kind") for name in names)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """The batch, more often than any row asks for."""
+        return DataLoader([self.batch] * 1000, batch_size=None)  # type: ignore[arg-type]
+
+
+class SideBySide(L.Callback):
+    """Times each training step, and on the same batch what it is compared with: before the step and after it in turn.
+
+    ``seconds["step"]`` is the whole step, ``seconds["arithmetic"]`` of it all up to the end of the backward pass (so without the
+    optimiser), then one list for each of the others. The first steps are not kept.
+
+    Args:
+        others: what to run on the batch, by name.
+        device: whose work is waited for.
+    """
+
+    def __init__(self, others: Mapping[str, Callable[[Batch], object]], device: torch.device) -> None:
+        self.others, self.device = others, device
+        self.seconds: dict[str, list[float]] = {name: [] for name in ("step", "arithmetic", *others)}
+
+    def clock(self) -> float:
+        """Seconds, once the device has done all that was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _run_others(self, batch: Batch) -> None:
+        for name, other in self.others.items():
+            began = self.clock()
+            other(batch)
+            self.seconds[name].append(self.clock() - began)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Every second time the others come first."""
+        if batch_idx % 2:
+            self._run_others(batch)
+        self.began = self.clock()
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The gradient is there."""
+        self.seconds["arithmetic"].append(self.clock() - self.began)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """The weights have moved."""
+        self.seconds["step"].append(self.clock() - self.began)
+        if not batch_idx % 2:
+            self._run_others(batch)
+
+    def counted(self) -> dict[str, list[float]]:
+        """Without the first steps."""
+        return {name: times[WARM:] for name, times in self.seconds.items()}
+
+
+def trainer(effort: Effort, steps: int, callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
+    """A trainer of ``steps`` steps that writes nothing."""
+    usual: dict[str, Any] = {"gradient_clip_val": 1.0, "default_root_dir": tempfile.gettempdir()}
+    return L.Trainer(
+        accelerator="gpu" if effort.device == "cuda" else "cpu", devices=1, max_steps=steps, max_epochs=-1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
+        use_distributed_sampler=False, callbacks=callbacks, **(usual | settings),
+    )  # fmt: skip
+
+
+def beside(
+    method: AdversarialFineTuning, data: MadeUp, others: Mapping[str, Callable[[Batch], object]], effort: Effort, wanted: int,
+    **settings: Any,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds of the method's steps and of ``others``, by name, one number a repeat.
+
+    Args:
+        method: trains on ``data``.
+        data: one batch.
+        others: each runs once beside each step.
+        effort: may cut down the repeats.
+        wanted: repeats.
+        settings: of the trainer.
+    """
+    watch = SideBySide(others, effort.on)
+    trainer(effort, effort.repeats(wanted) + WARM, [watch], **settings).fit(method, datamodule=data)
+    return watch.counted()
