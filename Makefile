@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 RUN   := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test stress check data clean
+.PHONY: help quickstart test stress check bench data clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -30,6 +30,9 @@ stress: $(STAMP) ## the tests of kills and of a full disk, many times each, and 
 check: $(STAMP) ## ruff (style, common faults) and mypy (strict for aft)
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+bench: $(STAMP) ## measure speed as ratios: one table, results/bench.json (about 12 minutes on two idle cores)
+	$(RUN) -m bench.speed
 
 data: ## link real data sets for training: make data DATA=FOLDER
 	@[ -n "$(DATA)" ] || { echo "Say where the data sets are: make data DATA=FOLDER. FOLDER holds tiny-imagenet-32/ (train.zip, val.zip, classes.json) and cifar10/ (train.zip, test.zip)." >&2; exit 1; }

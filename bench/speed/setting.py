@@ -5,6 +5,7 @@ Shapes: B images, C channels, H rows, W columns, K classes, D embedding width.
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from aft.batch import Batch
 from aft.clip import ModelSpec
 from aft.clip.weights import EMBEDDED
 from aft.methods import AdversarialFineTuning
-from bench.speed.row import Effort
+from bench.speed.row import Effort, Found, ratios
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -76,18 +77,24 @@ class SideBySide(L.Callback):
     def __init__(self, others: Mapping[str, Callable[[Batch], object]], device: torch.device) -> None:
         self.others, self.device = others, device
         self.seconds: dict[str, list[float]] = {name: [] for name in ("step", "arithmetic", *others)}
+        self.cpu_seconds: dict[str, list[float]] = {name: [] for name in self.seconds}
 
-    def clock(self) -> float:
-        """Seconds, once the device has done all that was asked of it."""
+    def clock(self) -> tuple[float, float]:
+        """Seconds on the wall, and of this process's CPUs, once the device has done all that was asked of it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return time.perf_counter(), time.process_time()
+
+    def _note(self, name: str, began: tuple[float, float]) -> None:
+        wall, cpu = self.clock()
+        self.seconds[name].append(wall - began[0])
+        self.cpu_seconds[name].append(cpu - began[1])
 
     def _run_others(self, batch: Batch) -> None:
         for name, other in self.others.items():
             began = self.clock()
             other(batch)
-            self.seconds[name].append(self.clock() - began)
+            self._note(name, began)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
         """Every second time the others come first."""
@@ -97,17 +104,23 @@ class SideBySide(L.Callback):
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The gradient is there."""
-        self.seconds["arithmetic"].append(self.clock() - self.began)
+        self._note("arithmetic", self.began)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """The weights have moved."""
-        self.seconds["step"].append(self.clock() - self.began)
+        self._note("step", self.began)
         if not batch_idx % 2:
             self._run_others(batch)
 
-    def counted(self) -> dict[str, list[float]]:
-        """Without the first steps."""
-        return {name: times[WARM:] for name, times in self.seconds.items()}
+    def found(self, above: str, below: str, told: Mapping[str, Any]) -> Found:
+        """The ratio of two sides, repeat by repeat, without the first steps.
+
+        ``told["median_of_cpu_time"]`` is the same of this process's CPU time, which other programs on the machine disturb less; waiting
+        is not in it.
+        """
+        sides = {name: self.seconds[name][WARM:] for name in (above, below)}
+        cpu = ratios(self.cpu_seconds[above][WARM:], self.cpu_seconds[below][WARM:])
+        return Found(ratios(*sides.values()), sides, {**told, "median_of_cpu_time": statistics.median(cpu)})
 
 
 def trainer(effort: Effort, steps: int, callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
@@ -123,8 +136,8 @@ def trainer(effort: Effort, steps: int, callbacks: list[L.Callback], **settings:
 def beside(
     method: AdversarialFineTuning, data: MadeUp, others: Mapping[str, Callable[[Batch], object]], effort: Effort, wanted: int,
     **settings: Any,
-) -> dict[str, list[float]]:  # fmt: skip
-    """Seconds of the method's steps and of ``others``, by name, one number a repeat.
+) -> SideBySide:  # fmt: skip
+    """Times the method's steps and ``others``, one number a repeat.
 
     Args:
         method: trains on ``data``.
@@ -136,4 +149,4 @@ def beside(
     """
     watch = SideBySide(others, effort.on)
     trainer(effort, effort.repeats(wanted) + WARM, [watch], **settings).fit(method, datamodule=data)
-    return watch.counted()
+    return watch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,10 @@ STRETCHES = {
     "imported": "imports", "built": "parser, model and callbacks", "set_up": "data, class texts, trainer", "trains": "optimiser, loader",
     "first_batch": "first batch", "first_step": "first step",
 }  # fmt: skip
+
+
+#: A line of ``-X importtime``: own microseconds, with what it imports, and the module.
+IMPORT = re.compile(r"import time:\s+(?P<own>\d+) \|\s+\d+ \|\s+(?P<module>\S+)")
 
 
 class FirstStep(L.Callback):
@@ -93,7 +98,19 @@ def start_up(effort: Effort) -> Found:
         for stamp, name in STRETCHES.items():
             parts[name].append(stamps[stamp] - before)
             before = stamps[stamp]
-    return Found([stamps["first_step"] - stamps["started"] for stamps in runs], parts, {"command": "train.py fit -c configs/quickstart.yaml"})
+    told = {"command": "python train.py fit -c configs/quickstart.yaml", "imports": imports()}
+    return Found([stamps["first_step"] - stamps["started"] for stamps in runs], parts, told)
+
+
+def imports(most: int = 10) -> dict[str, float]:
+    """Seconds that the modules of each package take when train.py is imported, without what they import; the dearest packages."""
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", "import train"], cwd=ROOT, capture_output=True, text=True, check=True)
+    spent: dict[str, float] = {}
+    for line in done.stderr.splitlines():
+        if (found := IMPORT.match(line)) is not None:
+            package = found["module"].partition(".")[0]
+            spent[package] = spent.get(package, 0.0) + int(found["own"]) / 1e6
+    return dict(sorted(spent.items(), key=lambda one: -one[1])[:most])
 
 
 def data_wait(effort: Effort) -> Found:

@@ -19,7 +19,7 @@ from aft.batch import Batch
 from aft.clip import ModelSpec, ZeroShotModel
 from aft.methods import FARE, AdversarialFineTuning, OptimizerSpec, TeCoA
 from bench.published import ExtraPass, TextEachStep
-from bench.speed.row import Effort, Found, ratios
+from bench.speed.row import Effort, Found
 from bench.speed.setting import MadeUp, beside
 
 EPS, STEP_SIZE = 2 / 255, 1 / 255
@@ -71,13 +71,9 @@ def against_bound(effort: Effort, clip: ModelSpec, batch_size: int, steps: int, 
     method = TeCoA(clip, attack=attack_of(steps), optimizer=ADAMW)
     data = MadeUp(batch_size, method.model.record.resolution)
     bare = Bare(method.model, steps, 10, effort.on)
-    seconds = beside(method, data, {"bound": bare.step}, effort, repeats)
+    watch = beside(method, data, {"bound": bare.step}, effort, repeats)
     told = {"model": clip.name, "batch_size": batch_size, "attack_steps": steps}
-    kept = [{name: seconds[name] for name in (side, "bound")} for side in ("arithmetic", "step")]
-    return (
-        Found(ratios(seconds["arithmetic"], seconds["bound"]), kept[0], told),
-        Found(ratios(seconds["step"], seconds["bound"]), kept[1], {**told, "optimizer": "adamw"}),
-    )
+    return watch.found("arithmetic", "bound", told), watch.found("step", "bound", {**told, "optimizer": "adamw"})
 
 
 def bound(clip: ModelSpec, batch_size: int, steps: int, repeats: int, whole: bool = False) -> Callable[[Effort], Found]:
@@ -90,8 +86,7 @@ def theirs_over_ours(
     **settings: Any,
 ) -> Found:  # fmt: skip
     """Seconds of another loop's whole step over those of ours, both with their optimiser."""
-    seconds = beside(method, data, {"theirs": theirs}, effort, repeats, **settings)
-    return Found(ratios(seconds["theirs"], seconds["step"]), {name: seconds[name] for name in ("theirs", "step")}, told)
+    return beside(method, data, {"theirs": theirs}, effort, repeats, **settings).found("theirs", "step", told)
 
 
 def text_each_step(clip: Callable[[], ModelSpec], classes: int, batch_size: int, steps: int, repeats: int) -> Callable[[Effort], Found]:

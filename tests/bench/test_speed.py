@@ -1,0 +1,148 @@
+"""`make bench`: what its rows mean, what is written, and that the page says what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from aft.clip import cost, load_model
+from aft.errors import ConfigError, DataError
+from bench.speed import __main__ as command
+from bench.speed import counts, record
+from bench.speed.row import Effort, Found, NotHere, Row, Target, middle_half
+from bench.speed.rows import ROWS
+from bench.speed.setting import MadeUp, SideBySide, tiny, trainer
+from bench.speed.training import ADAMW, attack_of, text_each_step
+
+
+def row_of(values: list[float], target: Target | None = None, name: str = "made_up") -> Row:
+    """A row that measures nothing."""
+    return Row(name, "this over that, which is said in more words than a line of the table has", lambda effort: Found(values), target)
+
+
+@pytest.mark.parametrize(("bound", "below", "equal", "above"), [
+    ("at most", True, True, False), ("at least", False, True, True), ("exactly", False, True, False),
+])  # fmt: skip
+def test_a_target_is_met_on_the_right_side(bound: str, below: bool, equal: bool, above: bool) -> None:
+    target = Target(bound, 1.0)  # type: ignore[arg-type]
+    assert (target.met(0.9), target.met(1.0), target.met(1.1)) == (below, equal, above)
+
+
+def test_median_and_spread_are_of_the_repeats() -> None:
+    told = record.measured(row_of([5.0, 1.0, 2.0, 4.0, 3.0], Target("at most", 2.9)), Found([5.0, 1.0, 2.0, 4.0, 3.0]), Effort(), 1.0, 0.0)
+    assert (told["median"], told["quartiles"], told["range"], told["met"]) == (3.0, [2.0, 4.0], [1.0, 5.0], False)
+    assert middle_half([7.0]) == (7.0, 7.0)
+
+
+def test_a_gpu_has_its_own_target() -> None:
+    (row,) = (row for row in ROWS if row.name == "step")
+    assert row.aim(Effort(device="cuda")) == Target("at most", 1.05) and row.aim(Effort()) == Target("at most", 1.15)
+
+
+def test_names_are_distinct_and_the_table_fits_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len({row.name for row in ROWS}) == len(ROWS)
+    told = [record.measured(row, Found([1.2345, 1.3456]), Effort(), 1.0, 0.0) for row in ROWS]
+    record.show([*told, record.missing(ROWS[0], "two processes need two cores")])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= record.COLUMNS and "not measured" in " ".join(lines)
+
+
+def test_the_tiny_clip_costs_what_the_row_says() -> None:
+    """0.02 GFLOP an image, and a prompt 0.68 of that, as torch counts them."""
+    model = load_model(tiny())
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        found = []
+        for run in (lambda: model.encode(torch.rand(1, 3, 32, 32)), lambda: model.encode_text(["a photo of a cat"])):
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                run()
+            found.append(counter.get_total_flops())
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert found[0] == pytest.approx(0.02e9, rel=0.1) and found[1] / found[0] == pytest.approx(0.68, rel=0.02)
+    assert found[0] == pytest.approx(cost.vit_cost(model.record.config).forward, rel=0.01)
+
+
+def test_held_counts_each_storage_once_and_no_weight() -> None:
+    layer = torch.nn.Linear(4, 4)
+    with counts.Held(layer) as held:
+        x = torch.rand(2, 4, requires_grad=True)
+        layer(x).square().sum()
+    assert held.bytes == 2 * (2 * 4 * 4)  # the input of the layer and that of the square, fp32
+
+
+def test_a_call_too_many_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = next(iter(counts.BESIDE_THE_ATTACK))
+    monkeypatch.setattr(counts, "BESIDE_THE_ATTACK", {first: 1})
+    assert counts.encoder_calls(Effort()).values == [0.0]
+    monkeypatch.setattr(counts, "BESIDE_THE_ATTACK", {first: 2})
+    assert counts.encoder_calls(Effort()).values == [1.0]
+
+
+def test_every_second_time_the_others_come_first() -> None:
+    order: list[str] = []
+    watch = SideBySide({"other": lambda batch: order.append("other")}, torch.device("cpu"))
+    method = next(iter(counts.BESIDE_THE_ATTACK))(tiny(), attack=attack_of(1), optimizer=ADAMW)
+    step = method.training_step
+    method.training_step = lambda *args: (order.append("step"), step(*args))[1]  # type: ignore[method-assign]
+    trainer(Effort(), 4, [watch]).fit(method, datamodule=MadeUp(4))
+    assert order == ["step", "other", "other", "step", "step", "other", "other", "step"]
+    found = watch.found("other", "step", {})
+    assert len(found.values) == 2 and found.values[0] == found.parts["other"][0] / found.parts["step"][0]
+    assert all(a < s for a, s in zip(watch.seconds["arithmetic"], watch.seconds["step"], strict=True))
+
+
+def test_more_classes_slow_the_published_loop_alone() -> None:
+    few, many = (text_each_step(tiny, classes, 4, 1, 2)(Effort(quick=True)) for classes in (2, 64))
+    assert min(many.parts["theirs"]) > max(few.parts["theirs"])
+    assert min(many.values) > max(few.values) > 0
+
+
+def test_a_quick_run_writes_the_file_and_shows_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One real row and one made up, by the command; a row that is measured again takes its old place."""
+    out, (held,) = tmp_path / "bench.json", (row for row in ROWS if row.name == "held")
+    monkeypatch.setattr(command, "ROWS", (held, row_of([1.0, 2.0], Target("at least", 1.5))))
+    command.main(["--quick", "--out", str(out)])
+    told = record.read(out)
+    assert [row["name"] for row in told["rows"]] == ["held", "made_up"] and told["quick"]
+    assert {"cpu", "cores", "system", "accelerator"} == told["machine"].keys() and told["threads"] == torch.get_num_threads()
+    assert all(row["met"] for row in told["rows"]) and "median" in capsys.readouterr().out
+    command.main(["--quick", "--only", "held", "--out", str(out)])
+    assert [row["name"] for row in record.read(out)["rows"]] == ["held", "made_up"]
+
+
+def test_rows_of_two_machines_are_not_put_into_one_table(tmp_path: Path) -> None:
+    out, start = tmp_path / "bench.json", record.head(Effort())
+    record.write(out, {**start, "machine": {**start["machine"], "cpu": "another"}}, [], [])
+    with pytest.raises(DataError, match="another machine"):
+        record.older(out, start, ["calls"])
+
+
+def test_a_row_that_cannot_be_measured_says_why() -> None:
+    def nothing(effort: Effort) -> Found:
+        raise NotHere("no such package")
+
+    assert command.measure(Row("x", "y", nothing), Effort())["not_measured"] == "no such package"
+
+
+def test_unknown_rows_and_quick_figures_are_refused() -> None:
+    with pytest.raises(ConfigError, match="step"):
+        command.main(["--only", "stepp"])
+    with pytest.raises(ConfigError, match="--out"):
+        command.main(["--quick"])
+
+
+def test_the_page_says_what_was_measured() -> None:
+    """The table of docs/performance.md is that of results/bench.json, to the letter: no figure is copied by hand."""
+    page = command.PAGE.read_text(encoding="utf-8")
+    if not command.OUT.exists():
+        pytest.skip("results/bench.json is not there: run make bench")
+    assert command.with_table(page, record.page(record.read(command.OUT))) == page
+    assert not json.loads(command.OUT.read_text())["quick"]
