@@ -9,7 +9,6 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile

@@ -25,6 +25,7 @@ from aft.clip.architectures import (
     is_hub,
     tokenizer_of,
 )  # fmt: skip
+from aft.clip.attention import fold_attention
 from aft.clip.enlarge import enlarge, regrid
 from aft.clip.files import HUB, SUFFIXES, fetched_from_hub, file_hash, load_strictly, read_file, recipe_in, weights_in
 from aft.clip.fit import INPUT, Sizes, check_fit, sizes_of_config, sizes_of_state
@@ -106,6 +107,7 @@ def load_model(spec: ModelSpec | str = ModelSpec()) -> ZeroShotModel:
         model = _adjusted(_load(spec), spec)
     for parameter in [*model.text_parameters, *model.text_transform.parameters(), model.clip.get_parameter("logit_scale")]:
         parameter.requires_grad_(False)
+    fold_attention(model.visual)
     return model.float().eval()
 
 

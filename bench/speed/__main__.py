@@ -1,4 +1,4 @@
-"""``python -m bench.speed``: measures every row, shows the table, writes ``results/bench.json`` and the table of ``docs/performance.md``."""
+"""``python -m bench.speed``: measures every row, shows the table, writes it to ``results/bench.json`` and ``docs/performance.md``."""
 
 from __future__ import annotations
 

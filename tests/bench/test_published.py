@@ -19,7 +19,9 @@ from tests.conftest import Calls, MemoryData, make_trainer
 EPS, STEP_SIZE, STEPS = 8 / 255, 3 / 255, 3
 
 
-def ours(kind: type[AdversarialFineTuning], clip: ModelSpec, data: MemoryData, folder: Path) -> tuple[AdversarialFineTuning, dict[str, Tensor]]:
+def ours(
+    kind: type[AdversarialFineTuning], clip: ModelSpec, data: MemoryData, folder: Path
+) -> tuple[AdversarialFineTuning, dict[str, Tensor]]:
     """A method before its step, and its gradient: what one step of plain descent with rate 1 takes from the weights, float64."""
     plain = OptimizerSpec(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, schedule="constant")
     method = kind(clip, attack=PGD(eps=EPS, step_size=STEP_SIZE, steps=STEPS), optimizer=plain)

@@ -1,0 +1,89 @@
+"""Attention with one product for its projections: the same mathematics, parameters and names, and no product token by token."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aft.clip import ModelSpec, ZeroShotModel, load_model
+from aft.clip.attention import FoldedAttention, fold_attention
+
+
+class Products(TorchDispatchMode):
+    """How often matrices are multiplied one by one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Counts."""
+        self.count += function._schema.name == "aten::bmm"
+        return function(*args, **(kwargs or {}))
+
+
+def as_torch_has_it(tower: nn.Module) -> nn.Module:
+    """A copy with torch's own attention."""
+    tower = copy.deepcopy(tower)
+    for module in tower.modules():
+        if isinstance(module, FoldedAttention):
+            module.__class__ = nn.MultiheadAttention
+    return tower
+
+
+def gradient(tower: nn.Module, images: Tensor) -> Tensor:
+    """Of the squares by the pixels."""
+    leaf = images.clone().requires_grad_(True)
+    return torch.autograd.grad(tower(leaf).square().sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_it_is_torchs_attention(model: ZeroShotModel, frozen: bool, training: bool) -> None:
+    """Embedding, gradient by the pixels and by every weight: 1e-12 in float64; without a gradient, the same bits."""
+    tower = model.visual.double().train(training).requires_grad_(not frozen)
+    torchs = as_torch_has_it(tower)
+    images = torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(gradient(tower, images), gradient(torchs, images), rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(tower(images), torchs(images))
+    if not frozen:
+        for one in (tower, torchs):
+            one(images).square().sum().backward()
+        for (name, weight), other in zip(tower.named_parameters(), torchs.parameters(), strict=True):
+            torch.testing.assert_close(weight.grad, other.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_no_product_goes_token_by_token_in_an_attack(tiny: ModelSpec) -> None:
+    """With frozen weights torch's own attention multiplies once a token; a model that is loaded does not."""
+    tower, images = load_model(tiny).visual.requires_grad_(False), torch.rand(4, 3, 32, 32)
+    with Products() as ours:
+        gradient(tower, images)
+    with Products() as torchs:
+        gradient(as_torch_has_it(tower), images)
+    assert ours.count == 0 < torchs.count
+
+
+def test_names_stay_and_copies_work(model: ZeroShotModel) -> None:
+    assert model.visual.state_dict().keys() == as_torch_has_it(model.visual).state_dict().keys()
+    twin = copy.deepcopy(model.visual)
+    assert any(isinstance(module, FoldedAttention) for module in twin.modules())
+    assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.visual.parameters()}
+
+
+def test_all_else_goes_the_old_way() -> None:
+    """Masks, cross attention, weights that are asked for: bits of torch's own."""
+    plain = nn.MultiheadAttention(8, 2, batch_first=True)
+    tower = nn.Sequential(copy.deepcopy(plain))
+    fold_attention(tower)
+    x, y, mask = torch.rand(2, 3, 8), torch.rand(2, 4, 8), torch.zeros(3, 3)
+    assert type(tower[0]) is FoldedAttention
+    for given, settings in [((x, x, x), {}), ((x, y, y), {"need_weights": False}), ((x, x, x), {"need_weights": False, "attn_mask": mask})]:
+        ours, torchs = tower[0](*given, **settings), plain(*given, **settings)
+        assert torch.equal(ours[0], torchs[0]) and (ours[1] is None) == (torchs[1] is None)
+    dropping = nn.Sequential(nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True))
+    fold_attention(dropping)
+    assert type(dropping[0]) is nn.MultiheadAttention
