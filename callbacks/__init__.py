@@ -4,6 +4,7 @@ from callbacks.activations import ActivationCheckpointing
 from callbacks.average import AveragedWeights
 from callbacks.checkpoint_io import AtomicCheckpointIO
 from callbacks.collapse_watch import CollapseWatch
+from callbacks.compiled import Compiled
 from callbacks.farewell import Farewell
 from callbacks.image_log import ImageLog
 from callbacks.interruption import Interruption, Stopped
@@ -18,6 +19,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "AveragedWeights",
     "CollapseWatch",
+    "Compiled",
     "Farewell",
     "ImageLog",
     "Interruption",

@@ -1,0 +1,122 @@
+"""What speeds a step up, and what was tried and does not: each without and with it, the same arithmetic on the same batch.
+
+Shapes: B images, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from aft.clip import ModelSpec, load_model
+from aft.clip.attention import FoldedAttention
+from aft.clip.weights import build_clip, describe
+from bench.speed.row import Effort, Found, NotHere, ratios
+from bench.speed.setting import BASE, MINI, WARM
+
+Pass = Callable[[], object]
+
+
+def without_over_with(without: Pass, with_it: Pass, effort: Effort, wanted: int, told: dict[str, object]) -> Found:
+    """Seconds of both in turn, each first every second time; above 1: it pays."""
+    seconds: dict[str, list[float]] = {"without": [], "with": []}
+    runs = {"without": without, "with": with_it}
+    for turn in range(effort.repeats(wanted) + WARM):
+        for name in sorted(runs, reverse=bool(turn % 2)):
+            began = time.perf_counter()
+            runs[name]()
+            if effort.device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    kept = {name: times[WARM:] for name, times in seconds.items()}
+    return Found(ratios(kept["without"], kept["with"]), kept, told)
+
+
+def tower_of(clip: ModelSpec, effort: Effort) -> tuple[nn.Module, int]:
+    """A frozen image tower in eval mode, and the side of its images."""
+    model = load_model(clip)
+    return model.visual.to(effort.on).requires_grad_(False), model.record.resolution
+
+
+def attack_pass(tower: nn.Module, images_BCHW: Tensor) -> Tensor:
+    """Forward and gradient of the input: what attacks are made of."""
+    leaf_BCHW = images_BCHW.detach().requires_grad_(True)
+    return torch.autograd.grad(tower(leaf_BCHW).float().square().sum(), leaf_BCHW)[0]
+
+
+def training_pass(tower: nn.Module, images_BCHW: Tensor) -> None:
+    """Forward and gradient of the weights."""
+    tower(images_BCHW).float().square().sum().backward()
+    tower.zero_grad(set_to_none=True)
+
+
+def folded(clip: ModelSpec, batch_size: int, repeats: int) -> Callable[[Effort], Found]:
+    """Torch's own attention against :class:`aft.clip.attention.FoldedAttention`, in the pass of an attack."""
+
+    def measure(effort: Effort) -> Found:
+        """Both towers frozen."""
+        ours, side = tower_of(clip, effort)
+        torchs = copy.deepcopy(ours)
+        for module in torchs.modules():
+            if isinstance(module, FoldedAttention):
+                module.__class__ = nn.MultiheadAttention
+        images_BCHW = torch.rand(batch_size, 3, side, side, device=effort.on)
+        told: dict[str, object] = {"model": clip.name, "batch_size": batch_size}
+        return without_over_with(lambda: attack_pass(torchs, images_BCHW), lambda: attack_pass(ours, images_BCHW), effort, repeats, told)
+
+    return measure
+
+
+def compiled(effort: Effort) -> Found:
+    """Eager against ``torch.compile`` in the pass of an attack; ``compile_seconds`` is what the first pass took longer."""
+    eager, side = tower_of(MINI, effort)
+    fast = copy.deepcopy(eager)
+    fast.compile()
+    images_BCHW = torch.rand(64, 3, side, side, device=effort.on)
+    began = time.perf_counter()
+    try:
+        attack_pass(fast, images_BCHW)
+    except Exception as error:  # no C++ compiler, no Triton: torch raises many kinds
+        raise NotHere(f"torch.compile does not work here ({type(error).__name__})") from error
+    first = time.perf_counter() - began
+    found = without_over_with(lambda: attack_pass(eager, images_BCHW), lambda: attack_pass(fast, images_BCHW), effort, 20, {})
+    return Found(found.values, found.parts, {"model": MINI.name, "batch_size": 64, "compile_seconds": first - found.parts["with"][-1]})
+
+
+def bf16(effort: Effort) -> Found:
+    """fp32 against bf16 autocast in the pass of an attack."""
+    tower, side = tower_of(MINI, effort)
+    images_BCHW = torch.rand(64, 3, side, side, device=effort.on)
+
+    def low() -> None:
+        """In bf16; the gradient is fp32 again."""
+        with torch.autocast(effort.device, torch.bfloat16):
+            attack_pass(tower, images_BCHW)
+
+    return without_over_with(lambda: attack_pass(tower, images_BCHW), low, effort, 10, {"model": MINI.name, "batch_size": 64})
+
+
+def channels_last(effort: Effort) -> Found:
+    """Usual memory order against channels last, training pass of a ResNet-50 tower."""
+    tower = build_clip(describe("RN50", None).config).get_submodule("visual").to(effort.on).train()
+    other = copy.deepcopy(tower).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images_BCHW = torch.rand(4, 3, 224, 224, device=effort.on)
+    last_BCHW = images_BCHW.to(memory_format=torch.channels_last)
+    passes = (lambda: training_pass(tower, images_BCHW)), (lambda: training_pass(other, last_BCHW))
+    return without_over_with(*passes, effort, 5, {"model": "RN50", "batch_size": 4})
+
+
+def fused(effort: Effort) -> Found:
+    """torch's AdamW by lists of tensors against its fused kernel, on the weights of a ViT-B/32 image tower."""
+    tower, _ = tower_of(BASE, effort)
+    steps = []
+    for settings in ({"foreach": True}, {"fused": True}):
+        weights = [p.detach().clone().requires_grad_(True) for p in tower.parameters()]
+        for weight in weights:
+            weight.grad = torch.full_like(weight, 1e-3)
+        steps.append(torch.optim.AdamW(weights, lr=1e-5, **settings).step)  # type: ignore[arg-type]
+    return without_over_with(*steps, effort, 10, {"model": BASE.name, "weights": sum(p.numel() for p in tower.parameters())})

@@ -1,0 +1,49 @@
+"""How often a step waits for the device, counted by the operations that need an answer; the same on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aft.attacks import PGD
+from aft.batch import Batch
+from aft.clip import ModelSpec
+from aft.methods import FARE, AdversarialFineTuning, OptimizerSpec, TeCoA
+from bench.profile import Waits
+from tests.conftest import MemoryData, make_trainer
+
+
+def waits_of_a_step(kind: type[AdversarialFineTuning], tiny: ModelSpec, steps: int, folder: Path) -> int:
+    """In the second training step: the first one makes the text bank."""
+    method = kind(tiny, attack=PGD(eps="8/255", step_size="4/255", steps=steps), optimizer=OptimizerSpec(name="sgd", schedule="constant"))
+    step, counted = method.training_step, []
+
+    def watched(batch: Batch, batch_idx: int) -> Any:
+        """Counts while it runs."""
+        with Waits() as waits:
+            loss = step(batch, batch_idx)
+        counted.append(sum(waits.counts.values()))
+        return loss
+
+    method.training_step = watched  # type: ignore[method-assign]
+    make_trainer(folder, max_steps=2, limit_val_batches=0).fit(method, datamodule=MemoryData())
+    return counted[1]
+
+
+@pytest.mark.parametrize("kind", [TeCoA, FARE])
+def test_more_attack_steps_wait_no_more(kind: type[AdversarialFineTuning], tiny: ModelSpec, tmp_path: Path) -> None:
+    """Nothing in the attack's loop asks for a number: a GPU is given the whole step at once."""
+    few, many = (waits_of_a_step(kind, tiny, steps, tmp_path) for steps in (1, 5))
+    assert few == many
+
+
+def test_a_wait_is_counted() -> None:
+    with Waits() as waits:
+        float(torch.ones(1))
+        _ = torch.ones(3).nonzero()
+        if torch.ones(1) > 0:
+            pass
+    assert sum(waits.counts.values()) == 3
