@@ -49,7 +49,7 @@ from aft.evaluation.runner import card_path, survivors_of
 from aft.evaluation.share import Share
 from aft.evaluation.subsets import first_of_each
 from aft.settings import in_short, parser_of, refusal, underlying
-from datamodules import Sample
+from datamodules import Sample, ZeroShotSuite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Measurement:
         world: how many processes share the work; null: the environment's WORLD_SIZE, or 1.
         keep_images: keep the adversarial images under OUT/parts.
         trained_on: of a suite: model's name in tables -> ids of the sets it was trained on, which (with their families) are not counted
-            in its zero-shot mean.
+            in the zero-shot means.
         defense: a test-time defence around every model: its id, or {name: ID, settings: {...}}; protocols are then oblivious,
             adaptive_small or adaptive.
         defenses: name in tables -> such a defence; every model is measured behind each.
@@ -289,7 +289,8 @@ class Report:
         out: folder for the files; null: the first folder of ``cards``, or the one above it where it is called ``cards``.
         against: folder, or list of folders, of another report: each figure of both is better, worse, or within the error.
         examples: weights or names of models to show a short attack on, with the embedded sample; none: images that keep_images kept.
-        not_zero_shot: data sets that models were trained on: left out of the means over sets, as is what embedded weights have seen.
+        not_zero_shot: data sets that models were trained on: they and their families are left out of the means over sets, as is what
+            embedded weights have seen.
         robustbench: folder for one JSON file a model and radius, in the form of RobustBench's model entries; null: none.
     """
 
@@ -308,7 +309,7 @@ class Report:
         comparison = compare(found, collect(others)) if others else None
         models = [(Path(name).stem if Path(name).exists() else name, load_model(named(name))) for name in self.examples]
         examples = attacked(models, Sample().evaluation_set("test")) if models else kept(found)
-        content = Content(found, self.not_zero_shot, comparison, ", ".join(map(str, others)), examples)
+        content = Content(found, self.not_zero_shot, comparison, ", ".join(map(str, others)), examples, ZeroShotSuite().families)
         again(content, self.out or (folders[0] if folders[0].is_dir() and folders[0].name != "cards" else folders[0].parent))
         if self.robustbench is not None:
             print(f"robustbench: {len(robustbench.export(found.labelled, self.robustbench))} files below {self.robustbench}")

@@ -1,14 +1,17 @@
-"""What a suite of test sets says in all: the mean over those that are zero-shot for a model, and what the others would take.
+"""What a suite of test sets says in all: the mean over those that are zero-shot, and what the others would take.
 
-A set is not counted for a model that was trained on it or on one of its family: classes or images of it were seen then. What a model was
-trained on is known of the embedded weights (by their sha256, also under a fine-tuning); for all else it must be said.
+One rule for every mean, here and on the report's page (:func:`counted`): a set counts where no model of the table was trained on it or on
+one of its family, since classes or images of it were seen then; a model that lacks a set that counts has no mean. So all means of a table
+are over the same sets. What a model was trained on is known of the embedded weights (by their sha256, also under a fine-tuning); for all
+else it must be said.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -44,7 +47,8 @@ class Mean:
         robust: the same for each protocol.
         chance: mean of chance.
         verdict: the worst of all cards.
-        not_counted: ids of the measured sets that do not count.
+        not_counted: ids of the sets that do not count: a model of the table was trained on them or on their family.
+        lacking: ids of sets that count and have no card of every protocol for this model, which therefore has no mean.
         unknown: nobody said what the model was fine-tuned on.
     """
 
@@ -58,6 +62,7 @@ class Mean:
     chance: float | None
     verdict: str
     not_counted: tuple[str, ...]
+    lacking: tuple[str, ...]
     unknown: bool
 
 
@@ -86,6 +91,22 @@ def seen(card: Card, told: Sequence[str] | None, families: Mapping[str, str]) ->
     return {families.get(name, name) for name in [*known, *(told or ())]}, told is None and model["method"] != "none"
 
 
+def counted(names: Iterable[str], seen_families: AbstractSet[str], families: Mapping[str, str]) -> tuple[str, ...]:
+    """The sets that a mean is over: those of which nothing was trained on.
+
+    Args:
+        names: ids of the sets that any model of the table was measured on.
+        seen_families: the families that any model of the table has seen (:func:`seen`).
+        families: of every set; a set that is not in it is a family of its own.
+    """
+    return tuple(name for name in dict.fromkeys(names) if families.get(name, name) not in seen_families)
+
+
+def average(figures: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The unweighted mean of accuracies, each with its standard error, and its own: ``sqrt(sum of squares) / count``."""
+    return sum(share for share, _ in figures) / len(figures), math.sqrt(sum(error**2 for _, error in figures)) / len(figures)
+
+
 def means(labelled: Sequence[Labelled], families: Mapping[str, str], trained_on: Mapping[str, Sequence[str]]) -> list[Mean]:
     """One mean for each model, label space and radius, in the order of the cards.
 
@@ -94,36 +115,45 @@ def means(labelled: Sequence[Labelled], families: Mapping[str, str], trained_on:
         families: of every set.
         trained_on: label -> ids of the sets that the model was trained on.
     """
-    groups: dict[tuple[str, ...], list[Labelled]] = {}
+    known = set().union(*(seen(card, trained_on.get(label), families)[0] for label, card in labelled))
+    names: dict[str, list[str]] = {}
+    groups: dict[tuple[str, ...], list[Card]] = {}
     for label, card in labelled:
-        key = (label, card["model"]["sha256"], card["data"]["label_space"], eps_text(card), str((card["threat"] or {}).get("space")))
-        groups.setdefault(key, []).append((label, card))
-    return [mean_of(label, [card for _, card in group], families, trained_on.get(label)) for (label, *_), group in groups.items()]
+        space = card["data"]["label_space"]
+        names.setdefault(space, []).append(card["data"]["name"])
+        key = (label, card["model"]["sha256"], space, eps_text(card), str((card["threat"] or {}).get("space")))
+        groups.setdefault(key, []).append(card)
+    sets = {space: counted(of, known, families) for space, of in names.items()}
+    left = {space: tuple(name for name in dict.fromkeys(of) if name not in sets[space]) for space, of in names.items()}
+    return [
+        mean_of(label, group, sets[space], left[space], seen(group[0], trained_on.get(label), families)[1])
+        for (label, _, space, *_), group in groups.items()
+    ]
 
 
-def mean_of(label: str, cards: Sequence[Card], families: Mapping[str, str], told: Sequence[str] | None) -> Mean:
-    """The mean of one model's cards at one radius, over the sets that have a card of every protocol."""
-    known, unknown = seen(cards[0], told, families)
+def mean_of(label: str, cards: Sequence[Card], sets: Sequence[str], not_counted: tuple[str, ...], unknown: bool) -> Mean:
+    """The mean of one model's cards at one radius, over these sets, where each has a card of every protocol."""
     by_set: dict[str, dict[str, Card]] = {}
     for card in cards:
         by_set.setdefault(card["data"]["name"], {})[printed(card["protocol"])] = card
     protocols = list(dict.fromkeys(printed(card["protocol"]) for card in cards))
-    counted = {name: of for name, of in by_set.items() if families.get(name, name) not in known and len(of) == len(protocols)}
-    firsts = [of[protocols[0]] for of in counted.values()]
+    lacking = tuple(name for name in sets if len(by_set.get(name, {})) < len(protocols))
+    whole = [] if lacking else [by_set[name] for name in sets]
+    firsts = [of[protocols[0]] for of in whole]
     attacked = [name for name in protocols if cards[0]["threat"] is not None]
-    robust = {name: average([of[name] for of in counted.values()], "robust") for name in attacked if firsts}
-    verdicts = [card["verdict"]["status"] for of in counted.values() for card in of.values()]
+    verdicts = [card["verdict"]["status"] for of in whole for card in of.values()]
     return Mean(
-        label, cards[0]["data"]["label_space"], eps_text(cards[0]), tuple(counted), sum(card["data"]["n"] for card in firsts),
-        average(firsts, "clean") if firsts else None, robust, sum(card["chance"] for card in firsts) / len(firsts) if firsts else None,
-        min(verdicts, key=VERDICT_ORDER.index, default="unchecked"), tuple(name for name in by_set if name not in counted), unknown,
+        label, cards[0]["data"]["label_space"], eps_text(cards[0]), () if lacking else tuple(sets),
+        sum(card["data"]["n"] for card in firsts),
+        average([_figure(card, "clean") for card in firsts]) if firsts else None,
+        {name: average([_figure(of[name], "robust") for of in whole]) for name in attacked if whole},
+        sum(card["chance"] for card in firsts) / len(firsts) if firsts else None,
+        min(verdicts, key=VERDICT_ORDER.index, default="unchecked"), not_counted, lacking, unknown,
     )  # fmt: skip
 
 
-def average(cards: Sequence[Card], what: str) -> tuple[float, float]:
-    """Mean accuracy (``clean`` or ``robust``) over cards, and its standard error."""
-    errors = [card["standard_error"][what] for card in cards]
-    return sum(card[f"{what}_accuracy"] for card in cards) / len(cards), math.sqrt(sum(error**2 for error in errors)) / len(cards)
+def _figure(card: Card, what: str) -> tuple[float, float]:
+    return card[f"{what}_accuracy"], card["standard_error"][what]
 
 
 def table(found: Sequence[Mean]) -> Table:
@@ -145,14 +175,16 @@ def table(found: Sequence[Mean]) -> Table:
 
 def footnotes(found: Sequence[Mean]) -> list[str]:
     """Which sets each mean is over, which not, and what is not known."""
-    notes = ["Zero-shot mean: each set counts once. ± is of the images drawn, not of the choice of sets; the verdict is the worst of its "
-             "cards."]
+    notes = ["Zero-shot mean: each set counts once, and all means of this table are over the same sets: those that no model of it was "
+             "trained on. ± is of the images drawn, not of the choice of sets; the verdict is the worst of its cards."]
     for label in dict.fromkeys(mean.label for mean in found):
         own = [mean for mean in found if mean.label == label]
         sets = dict.fromkeys(name for mean in own for name in mean.sets)
         out = dict.fromkeys(name for mean in own for name in mean.not_counted)
         line = f"{label}: over {', '.join(sets) or 'no set'}"
-        line += f"; not counted, since it or its family was trained on (or a card is missing): {', '.join(out)}" if out else ""
+        lacking = dict.fromkeys(name for mean in own for name in mean.lacking)
+        line += f" (no mean without cards of {', '.join(lacking)})" if lacking else ""
+        line += f"; not counted, since a model of this table was trained on it or its family: {', '.join(out)}" if out else ""
         if any(mean.unknown for mean in own):
             line += f". What it was fine-tuned on is not known: say it by --trained_on '{{{label}: [ID, ...]}}' (or [] for none of these)"
         notes.append(f"{line}.")

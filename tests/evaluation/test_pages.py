@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from aft.evaluation import zero_shot
 from aft.evaluation.collect import collect
 from aft.evaluation.compare import compare
-from aft.evaluation.pages import Content, build, tables, write_report
+from aft.evaluation.pages import Content, build, write_report
 from aft.evaluation.pages.examples import Example, Examples, Picture
 from aft.evaluation.pages.tables import MARKS, anchor, groups_of, metrics_of
 from tests.made_up_cards import HASH, made_up, stored
@@ -246,7 +247,7 @@ def test_the_mean_is_over_the_same_zero_shot_sets_for_all(tmp_path, monkeypatch)
     assert number.share == pytest.approx(0.3)
     assert number.error == pytest.approx(((0.2 * 0.8 / 100 + 0.4 * 0.6 / 400) ** 0.5) / 2)
     assert "seen left out" in group.notes[0]
-    monkeypatch.setitem(tables.PRETRAINED_ON, HASH, ("seen",))
+    monkeypatch.setitem(zero_shot.PRETRAINED_ON, HASH, ("seen",))
     assert groups_of(collect([tmp_path]).labelled) == [group]
     (alone,) = groups_of(collect([tmp_path]).labelled, ["seen", "else"])
     assert not any(row.over for row in alone.rows) and alone.notes == []

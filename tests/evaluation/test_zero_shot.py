@@ -15,6 +15,7 @@ from aft.cards import standard_error
 from aft.clip import load_model
 from aft.errors import AftError, ConfigError, DataError
 from aft.evaluation import Cell, effort, evaluate, first, plan, zero_shot
+from aft.evaluation.pages.tables import groups_of
 from aft.evaluation.subsets import first_of_each
 from tests.zero_shot_sets import colour, folders, given_folders
 
@@ -55,7 +56,7 @@ def test_sets_that_were_trained_on_are_not_counted(root: Path, tmp_path: Path, c
     """Nor their family; the embedded sample is CIFAR-10. A name that is no model's is said, an id that is no set's refused."""
     run(root, tmp_path / "out", "--trained_on", "{m: [sample], other: []}")
     said = " ".join(capsys.readouterr().out.split())
-    assert "m: over eurosat; not counted, since it or its family was trained on (or a card is missing): cifar10." in said
+    assert "m: over eurosat; not counted, since a model of this table was trained on it or its family: cifar10." in said
     assert "trained_on names other, which is no model of this table." in said
     with pytest.raises(AftError, match="unknown set in trained_on of m 'cifar'"):
         run(root, tmp_path / "out", "--trained_on", "{m: [cifar]}")
@@ -125,11 +126,31 @@ def test_the_mean_is_unweighted_over_zero_shot_sets(cards) -> None:
     assert zero_shot.means(cards, FAMILIES, {})[1].chance == pytest.approx(0.2)
 
 
-def test_a_set_without_all_of_the_protocols_is_left_out(cards) -> None:
-    """While other processes still work on it: columns of one row must be over the same sets."""
+def test_without_a_set_that_counts_there_is_no_mean(cards) -> None:
+    """While other processes still work on it: all means of a table are over the same sets, under the same protocols."""
     second = [(label, {**card, "protocol": {"name": "apgd", "fidelity": "exact"}}) for label, card in cards if card["threat"]]
-    (_, attacked) = zero_shot.means([*cards, *second[:-1]], FAMILIES, {})
-    assert attacked.sets == ("cifar10", "imagenet", "imagenet_r") and attacked.not_counted == ("dtd",)
+    (clean, attacked) = zero_shot.means([*cards, *second[:-1]], FAMILIES, {})
+    assert (attacked.sets, attacked.lacking, attacked.clean, attacked.robust) == ((), ("dtd",), None, {}) and len(clean.sets) == 4
+    assert "(no mean without cards of dtd)" in zero_shot.footnotes([attacked])[1]
+
+
+def test_what_one_model_has_seen_counts_for_none(cards) -> None:
+    """Means of a table that are over other sets could not be compared."""
+    other = [("other", {**card, "model": {**card["model"], "sha256": "f" * 64}}) for _, card in cards]
+    found = zero_shot.means([*cards, *other], FAMILIES, {"other": ["imagenet"]})
+    assert [(mean.label, mean.sets, mean.not_counted) for mean in found[::2]] == [
+        (label, ("cifar10", "dtd"), ("imagenet", "imagenet_r")) for label in ("m", "other")]  # fmt: skip
+
+
+def test_the_page_and_the_suite_have_one_rule(cards) -> None:
+    """Of the same cards: the same sets, the same mean with the same error."""
+    (_, attacked) = zero_shot.means(cards, FAMILIES, {"m": ["tiny_imagenet32"]})
+    (group, *_) = groups_of(cards, ["tiny_imagenet32"], FAMILIES)
+    (row,) = [row for row in group.rows if row.over]
+    (number,) = row.robust["1/255"]
+    assert (row.over, row.n, row.verdict) == (attacked.sets, attacked.n, attacked.verdict)
+    assert (number.share, number.error) == attacked.robust["pgd"] and (row.clean.share, row.clean.error) == attacked.clean
+    assert "imagenet, imagenet_r left out, since a model of this page was trained on it or its family" in group.notes[0]
 
 
 def test_nothing_to_average_is_said(cards, tmp_path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -45,17 +45,19 @@ class Content:
 
     Args:
         found: the cards.
-        left_out: data sets that are no zero-shot sets, left out of means.
+        trained_on: data sets that models were trained on, beside what is known of embedded weights: left out of means.
         comparison: with another report; none where none was asked for.
         against: what the other report is called.
         examples: images with attacks; may be empty.
+        families: of data sets: who was trained on one has seen the others.
     """
 
     found: Collection
-    left_out: Sequence[str] = ()
+    trained_on: Sequence[str] = ()
     comparison: Comparison | None = None
     against: str = ""
     examples: Sequence[Examples] = field(default_factory=tuple)
+    families: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_report(content: Content, out: Path) -> dict[str, Path]:
@@ -139,7 +141,8 @@ def facts_of(content: Content) -> dict[str, Any]:
     """What page and Markdown are filled with."""
     found = content.found
     plain, defended = defended_report.split(as_shown(found.labelled))
-    groups = groups_of([one for one in found.labelled if defended_report.told(one[1]) is None], content.left_out)
+    undefended = [one for one in found.labelled if defended_report.told(one[1]) is None]
+    groups = groups_of(undefended, content.trained_on, content.families)
     models = list(dict.fromkeys(charts.model_key(row) for group in groups for row in group.rows))
     panels = {group.id: _panels(group, models) for group in groups}
     told = [_card(label, card, path) for (label, card), path in zip(found.labelled, found.paths, strict=True)]

@@ -5,8 +5,8 @@ No number stands without n, standard error and verdict: a :class:`Number` carrie
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from aft.evaluation.collect import Labelled
 from aft.evaluation.defended_report import robust_n
 from aft.evaluation.published import printed
 from aft.evaluation.report import VERDICT_ORDER, data_text, eps_text, percent
-from aft.evaluation.zero_shot import PRETRAINED_ON
+from aft.evaluation.zero_shot import average, counted, seen
 
 NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1"}
 #: What stands behind a number: reliable, unchecked, suspect. Shapes differ, so that no colour is needed.
@@ -163,19 +163,21 @@ def worst(verdicts: Iterable[str]) -> str:
     return min(verdicts, key=VERDICT_ORDER.index)
 
 
-def groups_of(labelled: Sequence[Labelled], left_out: Sequence[str] = ()) -> list[Group]:
+def groups_of(labelled: Sequence[Labelled], trained_on: Sequence[str] = (), families: Mapping[str, str] | None = None) -> list[Group]:
     """All cards as tables, those without an attack last; rows by label, data set and protocol, means over zero-shot sets first.
 
     Args:
         labelled: cards.
-        left_out: data sets that are zero-shot for none of the models; what embedded weights have seen is known.
+        trained_on: data sets that models were trained on; what embedded weights have seen is known.
+        families: of the data sets (:func:`aft.evaluation.zero_shot.counted`); none: each is its own.
     """
-    hashes = {card["model"][key] for _, card in labelled for key in ("sha256", "base_sha256")}
-    left_out = [*left_out, *(name for sha256, names in PRETRAINED_ON.items() if sha256 in hashes for name in names)]
+    families = families or {}
+    known = set().union(*(seen(card, trained_on, families)[0] for _, card in labelled))
     by_group: dict[str, list[Labelled]] = {}
     for one in labelled:
         by_group.setdefault(group_title(one[1]), []).append(one)
-    return [_group(title, found, left_out) for title, found in sorted(by_group.items(), key=lambda item: _group_order(item[1][0][1]))]
+    in_order = sorted(by_group.items(), key=lambda item: _group_order(item[1][0][1]))
+    return [_group(title, found, known, families) for title, found in in_order]
 
 
 def group_title(card: Card) -> str:
@@ -191,7 +193,7 @@ def _group_order(card: Card) -> tuple[Any, ...]:
     return card["task"] != "classification", card["task"], threat is None, *((threat["norm"] != "linf", threat["norm"]) if threat else ())
 
 
-def _group(title: str, found: Sequence[Labelled], left_out: Sequence[str]) -> Group:
+def _group(title: str, found: Sequence[Labelled], known: AbstractSet[str], families: Mapping[str, str]) -> Group:
     radii = sorted({(card["threat"]["eps"], eps_text(card)) for _, card in found if card["threat"] is not None})
     grey = all(card["threat"] is None or card["threat"]["norm"] == "linf" for _, card in found)
     columns = {text: eps * (255 if grey else 1) for eps, text in radii}
@@ -202,7 +204,7 @@ def _group(title: str, found: Sequence[Labelled], left_out: Sequence[str]) -> Gr
         if card["threat"] is not None and (number := number_of(label, card, "robust")):
             row.robust.setdefault(eps_text(card), []).append(number)
     ordered = sorted(rows.values(), key=lambda row: (row.label, row.sha256, row.data, row.protocol, row.steps, row.n))
-    means, notes = _means([card for _, card in found], ordered, left_out)
+    means, notes = _means([card for _, card in found], ordered, known, families)
     return Group(title, columns, GREY if grey else "pixel range", [*means, *ordered], notes)
 
 
@@ -241,11 +243,14 @@ def number_of(label: str, card: Card, kind: str) -> Number | None:
     return Number(share, error, n, verdict["status"], tuple(verdict["failed_checks"]), anchor(label, card), outside)
 
 
-def _means(found: Sequence[Card], rows: Sequence[Row], left_out: Sequence[str]) -> tuple[list[Row], list[str]]:
-    """For each model and protocol the mean over the zero-shot sets, where every one of them was measured; and what must be known of it."""
+def _means(
+    found: Sequence[Card], rows: Sequence[Row], known: AbstractSet[str], families: Mapping[str, str]
+) -> tuple[list[Row], list[str]]:
+    """For each model and protocol the mean over the sets that count, where every one was measured; and what must be known of it."""
     names = {data_words(card): card["data"]["name"] for card in found if card["data"]["label_space"] == "all"}
-    sets = {text for text, name in names.items() if name not in left_out}
-    absent = sorted({name for name in names.values() if name in left_out})
+    counting = counted(names.values(), known, families)
+    sets = {text for text, name in names.items() if name in counting}
+    absent = sorted({name for name in names.values() if name not in counting})
     if len(sets) < FEWEST_SETS:
         return [], []
     models: dict[tuple[str, ...], dict[str, Row]] = {}
@@ -255,7 +260,7 @@ def _means(found: Sequence[Card], rows: Sequence[Row], left_out: Sequence[str]) 
             by_set[row.data] = row
     whole = [list(by_set.values()) for by_set in models.values() if by_set.keys() == sets]
     notes = [f"Mean: over the {len(sets)} data sets {', '.join(sorted(sets))}, each with the same weight"
-             + (f"; {', '.join(absent)} left out, since models were trained on it" if absent else "")
+             + (f"; {', '.join(absent)} left out, since a model of this page was trained on it or its family" if absent else "")
              + ". Its standard error is sqrt(sum of squares) / sets. Models that lack a set have no mean."]  # fmt: skip
     return [_mean_row(of_model) for of_model in whole], notes
 
@@ -271,8 +276,7 @@ def _mean_row(rows: Sequence[Row]) -> Row:
 
 def _mean(numbers: Sequence[Number]) -> Number:
     failed = sorted({check for one in numbers for check in one.failed}, key=_check_order)
-    share = sum(one.share for one in numbers) / len(numbers)
-    error = math.sqrt(sum(one.error**2 for one in numbers)) / len(numbers)
+    share, error = average([(one.share, one.error) for one in numbers])
     sources = list(dict.fromkeys(one.source for one in numbers if one.source))
     return Number(share, error, sum(one.n for one in numbers), worst(one.verdict for one in numbers), tuple(failed), None,
                   "; ".join(sources) or None)  # fmt: skip
