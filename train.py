@@ -55,7 +55,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Raises instead of printing a usage page."""
-        known = (AdversarialFineTuning, Attack, L.LightningDataModule, OptimizerSpec, ModelSpec, TrainableSpec)
+        known = (AdversarialFineTuning, Attack, L.LightningDataModule, L.Callback, OptimizerSpec, ModelSpec, TrainableSpec)
         raise ConfigError(explain(message, self, known)) from ex
 
 
