@@ -111,12 +111,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         AftError: whatever a user can mend.
     """
-    parser = argparse.ArgumentParser(description="Adds what fine-tunings changed to the weights that they started from.")
+    about = "Adds what fine-tunings changed to the weights that they started from."
+    parser = argparse.ArgumentParser(prog="python -m aft.clip.merge", description=about)
     parser.add_argument("out", type=Path, help="file for the image tower, .safetensors")
     parser.add_argument("--base", default="miniclip32", help="name of the model that all started from")
     parser.add_argument("--pretrained", default=None, help="its weights, as in ModelSpec")
     parser.add_argument("--add", action="append", required=True, metavar="FILE=FACTOR", help="a checkpoint or tower and its factor")
     given = parser.parse_args(arguments)
+    if given.out.suffix != ".safetensors":
+        raise ConfigError(f"{given.out}: the image tower is written as safetensors: give a name that ends so, or nothing could read it.")
     merged = add_files(load_model(ModelSpec(given.base, given.pretrained)), given.base, given.add)
     print(f"{given.out}: sha256 {pack_tower(merged, given.out)}, {merged.record.method}")
 

@@ -74,3 +74,9 @@ def test_the_command_writes_a_tower_that_loads(model: ZeroShotModel, tuned: list
     assert half.record.method.startswith("merge(0.5*") and half.record.base_sha256 == model.record.sha256
     with pytest.raises(ConfigError, match="FILE=FACTOR"):
         main([str(tmp_path / "x.safetensors"), "--base", "tiny", "--add", f"{tmp_path / 'a.safetensors'}=half"])
+
+
+def test_a_name_that_nothing_would_read_is_refused(tmp_path: Path) -> None:
+    """Safetensors under the name of a checkpoint would be taken for a damaged one."""
+    with pytest.raises(ConfigError, match="x.ckpt: the image tower is written as safetensors"):
+        main([str(tmp_path / "x.ckpt"), "--base", "tiny", "--add", "y.ckpt=0.5"])
