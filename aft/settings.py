@@ -163,6 +163,8 @@ def parser_of(prog: str, about: type) -> ArgumentParser:
 def refusal(error: ArgumentError, parser: ArgumentParser) -> ConfigError:
     """What such a parser says, on one line, with near matches where a setting is not known."""
     text = " ".join(str(error).split())
+    if "arguments are required" in text:
+        return ConfigError(f"{text}: give them, or with -c a YAML that has them (configs/ has some for each command).")
     unknown = re.search(r"Option '(\w+)[\w.]*' is not accepted|unrecognized arguments: --(\w+)", text)
     if unknown is None:
         return ConfigError(text)

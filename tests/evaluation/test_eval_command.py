@@ -279,3 +279,9 @@ def test_the_card_of_a_model_has_every_class(tmp_path):
     ((_, card),) = run(tmp_path, "--protocols", "[clean]")
     assert {one["n"] for one in card["metrics"]["per_class"].values()} == {2} and len(card["metrics"]["per_class"]) == 10
     assert not (tmp_path / "accuracy.png").exists() and (tmp_path / "table.csv").exists()
+
+
+def test_a_command_without_its_settings_says_where_they_are() -> None:
+    """A YAML has them."""
+    with pytest.raises(AftError, match="arguments are required: data.*or with -c a YAML that has them"):
+        command.main(["curve"])
