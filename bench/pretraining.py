@@ -29,7 +29,8 @@ def flops_of_a_step(phase: dict[str, Any], folder: Path) -> int:
     """Forward and backward of the towers, attack and optimiser: what two steps take more than one."""
     settings = json.loads(json.dumps(phase["shared"]))
     settings["model"]["class_path"] = f"aft.methods.{phase['kind']}"
-    settings["trainer"] |= {"limit_val_batches": 0, "logger": False, "enable_checkpointing": False}
+    settings["trainer"] |= {"limit_val_batches": 0, "logger": False}
+    settings["checkpoint"] = {"monitor": None, "save_top_k": 0, "save_last": False}  # else the next count would find its folder taken
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
 
@@ -37,8 +38,7 @@ def flops_of_a_step(phase: dict[str, Any], folder: Path) -> int:
         """Of a whole start."""
         place = str(folder / f"steps-{steps}")
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            train.main(["fit", "-c", str(folder / "recipe.yaml"), "--trainer.max_steps", str(steps), "--trainer.default_root_dir", place,
-                        "--checkpoint.monitor", "null"])  # fmt: skip
+            train.main(["fit", "-c", str(folder / "recipe.yaml"), "--trainer.max_steps", str(steps), "--trainer.default_root_dir", place])
         return int(counter.get_total_flops())
 
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know fused attention
