@@ -196,6 +196,29 @@ def read(path: Path) -> Card:
     return validate(card, str(path))
 
 
+def read_complete(path: Path) -> Card | None:
+    """A complete card; none where the file is JSON of another kind.
+
+    Raises:
+        DataError: half written, damaged, or of another schema.
+    """
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is half written or no JSON ({error}): run the command that wrote it again.") from error
+    if not isinstance(content, dict) or str(content.get("schema")).partition("/")[0] != SCHEMA.partition("/")[0]:
+        return None
+    card = validate(content, str(path))
+    if card["status"] != "complete":
+        raise DataError(f"{path}: status {card['status']}: not all of its images are measured; run its command again to go on.")
+    needed = ("clean", "robust") if card["threat"] is not None else ("clean",)
+    for kind in needed:
+        share, width = card[f"{kind}_accuracy"], card["standard_error"][kind]
+        if not isinstance(share, int | float) or not isinstance(width, int | float):
+            raise DataError(f"{path}: {kind}_accuracy {share!r} with standard error {width!r}: no number; measure it again.")
+    return card
+
+
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Writes arrays as one ``.npz``, whole or not at all."""
     buffer = io.BytesIO()

@@ -87,7 +87,7 @@ def named(model: str) -> ModelSpec:
     """The model that one word means: a path, a name of the hub, NAME/TAG, or NAME."""
     if model.startswith(HUB):
         return ModelSpec(pretrained=str(fetched_from_hub(model)))
-    if Path(model).exists():
+    if Path(model).exists() or Path(model).suffix in SUFFIXES or model.count("/") > 1:  # a path, be it that nothing is there
         return ModelSpec(pretrained=model)
     name, _, tag = model.rpartition("/")
     return ModelSpec(name, tag) if name else ModelSpec(tag)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from aft import cards
 from aft.cards import Card
@@ -14,9 +12,6 @@ from aft.errors import DataError
 
 #: A card and the label of its model, which is the name of the card's folder.
 Labelled = tuple[str, Card]
-
-#: What schemas of cards begin with; a JSON file without one is no card, and is passed over.
-FAMILY = cards.SCHEMA.partition("/")[0]
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ def collect(folders: Sequence[Path]) -> Collection:
     found = Collection()
     for path in _files(folders):
         try:
-            card = _card(path)
+            card = cards.read_complete(path)
         except DataError as error:
             found.unread.append(Unread(path, str(error).removeprefix(f"{path} ").removeprefix(f"{path}: ")))
             continue
@@ -83,29 +78,6 @@ def _files(folders: Sequence[Path]) -> list[Path]:
     inside = [sorted(folder.rglob("*.json")) if folder.is_dir() else [folder] for folder in folders]
     unique = {path.resolve(): path for paths in inside for path in paths if path.suffix == ".json"}
     return list(unique.values())
-
-
-def _card(path: Path) -> Card | None:
-    """A complete card; none where the file is JSON of another kind.
-
-    Raises:
-        DataError: half written, damaged, or of another schema.
-    """
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is half written or no JSON ({error}): run the command that wrote it again.") from error
-    if not isinstance(content, dict) or str(content.get("schema")).partition("/")[0] != FAMILY:
-        return None
-    card = cards.validate(content, str(path))
-    if card["status"] != "complete":
-        raise DataError(f"{path}: status {card['status']}: not all of its images are measured; run its command again to go on.")
-    needed = ("clean", "robust") if card["threat"] is not None else ("clean",)
-    for kind in needed:
-        share, width = card[f"{kind}_accuracy"], card["standard_error"][kind]
-        if not isinstance(share, int | float) or not isinstance(width, int | float):
-            raise DataError(f"{path}: {kind}_accuracy {share!r} with standard error {width!r}: no number; measure it again.")
-    return card
 
 
 def _nothing(folders: Sequence[Path], unread: Sequence[Unread]) -> str:

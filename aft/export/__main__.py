@@ -14,10 +14,10 @@ from aft.clip.merge import add_files
 from aft.clip.model import ZeroShotModel
 from aft.clip.weights import load_model, named
 from aft.defenses import DefenseSpec
-from aft.errors import AftError, ConfigError, unknown_name
+from aft.errors import AftError, ConfigError
 from aft.export.formats import FORMATS, Head
 from aft.export.model_card import Provenance, cards_below
-from aft.export.write import export
+from aft.export.write import export, refuse_request
 
 ADD = "model is the base, and FACTOR times what the fine-tuning FILE changed is added to it (merges and soups; more than once)"
 
@@ -33,9 +33,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--activation", choices=["gelu", "quick_gelu"], help="of a weights file that does not say")
     made.add_argument("--add", action="append", default=[], metavar="FILE=FACTOR", help=ADD)
     made.add_argument("--classes", nargs="+", default=[], metavar="CLASS", help="onnx and torch_export: bake these into logits")
-    made.add_argument("--templates", nargs="+", default=list(Head().templates), metavar="TEXT", help="prompts of the classes, with one {}")
+    made.add_argument("--templates", nargs="+", metavar="TEXT", help=f"prompts of the classes ({Head().templates[0]!r})")
     made.add_argument("--defense", metavar="NAME", help="onnx and torch_export: put this test-time defence into the graph")
-    made.add_argument("--settings", default="{}", metavar="JSON", help="of the defence, such as '{\"sigma\": 1.0}'")
+    made.add_argument("--settings", metavar="JSON", help="of the defence, such as '{\"sigma\": 1.0}'")
     made.add_argument("--half", action="store_true", help="store weights in fp16")
     made.add_argument("--cards", type=Path, metavar="FOLDER", help="cards of these weights, for the model card")
     made.add_argument("--title", help="of the model card")
@@ -55,7 +55,14 @@ def load(given: argparse.Namespace) -> ZeroShotModel:
     spec = replace(spec, **changes)
     model = load_model(spec)
     model = add_files(model, spec.name, given.add) if given.add else model
-    return model if given.defense is None else DefenseSpec(given.defense, settings_in(given.settings)).build(model)
+    return model if given.defense is None else DefenseSpec(given.defense, settings_in(given.settings or "{}")).build(model)
+
+
+def refuse_lonely(given: argparse.Namespace) -> None:
+    """Raises ConfigError for an option that does nothing without another one."""
+    for option, needed in (("templates", "classes"), ("settings", "defense")):
+        if getattr(given, option) is not None and not getattr(given, needed):
+            raise ConfigError(f"--{option} without --{needed} would do nothing: give --{needed} too, or leave it out.")
 
 
 def settings_in(text: str) -> dict[str, Any]:
@@ -80,12 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         AftError: whatever a user can mend.
     """
     given = parser().parse_args(arguments)
-    if given.format not in FORMATS:  # said before a large model is read
-        raise ConfigError(unknown_name("format", given.format, FORMATS))
+    head = Head(tuple(given.classes), tuple(given.templates or Head().templates))
+    refuse_lonely(given)
+    refuse_request(given.format, given.out, head, given.half)
     model = load(given)
     cards = cards_below(given.cards, model) if given.cards is not None else []
     told = Provenance(given.title, given.license, given.data)
-    head = Head(tuple(given.classes), tuple(given.templates))
     files = export(model, given.format, given.out, head=head, half=given.half, cards=cards, told=told)
     print(f"{given.out}: {model.record.name}, {model.record.method}, as {given.format}; {len(cards)} cards")
     for name, sha in files.items():

@@ -28,16 +28,16 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` to write into; it becomes ``out`` at the end, and is gone if anything failed.
 
     Raises:
-        ConfigError: ``out`` is a file, or a folder with something in it.
+        ConfigError: ``out`` is a file, a folder with something in it, or where none can be made.
     """
+    refuse_taken(out)
     out = out.resolve()
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file: give a folder that is not there yet, or is empty.")
-    if out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"the folder {out} is not empty: give another, or empty it; nothing is written over.")
     beside = out.with_name(f".{out.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    try:
+        beside.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"the folder {out} cannot be made ({error.strerror}): give one in a place where you may write.") from error
     try:
         yield beside
         if out.is_dir():
@@ -45,6 +45,14 @@ def whole_folder(out: Path) -> Iterator[Path]:
         beside.rename(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def refuse_taken(out: Path) -> None:
+    """Raises ConfigError for a file, and for a folder with something in it."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: give a folder that is not there yet, or is empty.")
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"the folder {out} is not empty: give another, or empty it; nothing is written over.")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ def refuse_defended(model: ZeroShotModel, layout: str) -> None:
     """Raises ConfigError for a model with stages: weights alone do not hold what a defence does."""
     if model.stages.declared:
         raise ConfigError(f"{model.record.name} has a test-time defence ({', '.join(model.stages.declared)} stage): {layout} holds weights "
-                          "alone; export its .undefended, or the graph (--format onnx or torch_export).")  # fmt: skip
+                          "alone; leave the defence out (.undefended), or take a graph (--format onnx or torch_export).")  # fmt: skip
 
 
 def check_openai(model: ZeroShotModel) -> None:
@@ -54,16 +54,21 @@ def check_openai(model: ZeroShotModel) -> None:
     _refuse_heads(record.config, layout)
 
 
-def check_transformers(model: ZeroShotModel, with_text: bool = True) -> None:
-    """Raises ConfigError where transformers' ``CLIPModel`` (or its vision part) has no setting for what this model does."""
-    layout = "transformers' CLIPModel" if with_text else "transformers' CLIPVisionModel"
+def check_transformers(model: ZeroShotModel) -> None:
+    """Raises ConfigError where transformers' ``CLIPModel`` has no setting for what this model does."""
+    layout = "transformers' CLIPModel"
     refuse_defended(model, layout)
-    if with_text or model.record.prompts is not None:
+    refuse_extras(model, layout)
+    _refuse_for_transformers(model, layout, TRANSFORMERS_TEXT)
+
+
+def check_vision_tower(model: ZeroShotModel) -> None:
+    """The same of ``CLIPVisionModel``, which has no texts to transform."""
+    layout = "transformers' CLIPVisionModel"
+    refuse_defended(model, layout)
+    if model.record.prompts is not None:
         refuse_extras(model, layout)
-    if not isinstance(model.visual, VisionTransformer):
-        raise ConfigError(f"the image tower is a {tower_name(model.visual)}: {layout} holds a ViT with a class token alone; use --format "
-                          "open_clip.")  # fmt: skip
-    _refuse_settings(model.record.config, TRANSFORMERS_VISION, TRANSFORMERS_TEXT if with_text else None, layout)
+    _refuse_for_transformers(model, layout, None)
 
 
 def check_open_clip(model: ZeroShotModel) -> None:
@@ -85,6 +90,13 @@ def check_graph(model: ZeroShotModel, classes: Collection[str]) -> None:
     if model.backwards_per_image and model.defense is not None:
         raise ConfigError(f"{model.defense['name']} takes gradients of the image tower in its forward: a graph has none; export the "
                           "undefended model.")  # fmt: skip
+
+
+def _refuse_for_transformers(model: ZeroShotModel, layout: str, text: Collection[str] | None) -> None:
+    if not isinstance(model.visual, VisionTransformer):
+        raise ConfigError(f"the image tower is a {tower_name(model.visual)}: {layout} holds a ViT with a class token alone; use --format "
+                          "open_clip.")  # fmt: skip
+    _refuse_settings(model.record.config, TRANSFORMERS_VISION, text, layout)
 
 
 def _refuse_settings(config: Mapping[str, Any], vision: Collection[str], text: Collection[str] | None, layout: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aft.cards import Card, lowered, read
+from aft.cards import Card, lowered, read_complete
 from aft.clip.model import ModelRecord, ZeroShotModel
 from aft.clip.training_data import DataUse
 from aft.errors import DataError
@@ -42,12 +42,15 @@ def cards_below(folder: Path, model: ZeroShotModel) -> list[Card]:
     """The cards of these very weights (and their defence), and of others on the same curve if these were merged.
 
     Raises:
-        DataError: none are there, or they are all of other weights: a figure belongs to the weights it was measured on.
+        DataError: none are there, one is half written or not complete, or they are all of other weights: a figure belongs to the weights
+            that it was measured on.
     """
-    found = [read(path) for path in sorted(folder.rglob("*.json"))]
+    found = [card for path in sorted(folder.rglob("*.json")) if (card := read_complete(path)) is not None]
+    if not found:
+        raise DataError(f"no cards lie below {folder}: give the folder cards/ that eval.py wrote, or leave --cards out.")
     own = [card for card in found if is_of(card, model)]
     if not own:
-        others = ", ".join(sorted({card["model"]["sha256"][:12] for card in found})) or "no weights at all"
+        others = ", ".join(sorted({card["model"]["sha256"][:12] for card in found}))
         raise DataError(f"no cards below {folder} are of these weights (sha256 {model.record.sha256[:12]}): they are of {others}. Measure "
                         "them with eval.py, or leave --cards out.")  # fmt: skip
     return own + [card for card in found if not is_of(card, model) and _on_curve(card, model.record)]

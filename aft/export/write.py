@@ -11,7 +11,7 @@ from aft.cards import Card, write
 from aft.clip.model import ZeroShotModel
 from aft.errors import ConfigError, unknown_name
 from aft.export.check import check_written
-from aft.export.folder import FACTS, facts_of, hashes_of, whole_folder, write_json
+from aft.export.folder import FACTS, facts_of, hashes_of, refuse_taken, whole_folder, write_json
 from aft.export.formats import FORMATS, Head
 from aft.export.model_card import Provenance, defense_of, model_card
 
@@ -44,13 +44,9 @@ def export(
         ConfigError: an unknown format, one that has no place for what the model does, a missing extra, or a folder that is not empty.
         WeightsError: what was written does not say what the model says.
     """
-    if kind not in FORMATS:
-        raise ConfigError(unknown_name("format", kind, FORMATS))
-    made, head, told = FORMATS[kind], head or Head(), told or Provenance()
-    if not made.graph and head.classes:
-        raise ConfigError(f"--classes: {kind} has no class head, its text tower makes one; classes are for {_graphs()}.")
-    if made.graph and half:
-        raise ConfigError(f"--half: {kind} is a graph in fp32; half is for the formats of weights.")
+    head, told = head or Head(), told or Provenance()
+    refuse_request(kind, out, head, half)
+    made = FORMATS[kind]
     made.check(model, head)
     with whole_folder(out) as folder:
         templates = list(head.templates) if head.classes else []
@@ -66,6 +62,18 @@ def export(
         text = model_card(model, kind, made, head, half, cards, told, {name: sha for name, sha in files.items() if "/" not in name})
         (folder / "README.md").write_text(text, encoding="utf-8")
     return files
+
+
+def refuse_request(kind: str, out: Path, head: Head, half: bool) -> None:
+    """Raises ConfigError for what no model could be exported with: it can be said before a large one is read."""
+    if kind not in FORMATS:
+        raise ConfigError(unknown_name("format", kind, FORMATS))
+    made = FORMATS[kind]
+    if not made.graph and head.classes:
+        raise ConfigError(f"--classes: {kind} has no class head, its text tower makes one; classes are for {_graphs()}.")
+    if made.graph and half:
+        raise ConfigError(f"--half: {kind} is a graph in fp32; half is for the formats of weights.")
+    refuse_taken(out)
 
 
 def _graphs() -> str:

@@ -13,7 +13,7 @@ from aft.clip.training_data import UNSAID
 from aft.export.__main__ import main
 from datamodules import ImageFolder, Sample
 from tests.conftest import MemoryData
-from tests.export.test_methods_out import trained
+from tests.export.models import trained
 
 ROOT = Path(__file__).resolve().parents[2]
 SQUARES = {"name": "squares", "terms": "public domain"}

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,29 +16,14 @@ from aft.clip import ZeroShotModel
 from aft.clip.stages import Gate, Stage, Stages, encode_in_stages
 from aft.errors import ConfigError, WeightsError
 from aft.export import Head, export, graphs
-from aft.export.graphs import METADATA
-from tests.export.conftest import CONFIGS, TEXTS, images_of
-from tests.export.test_layouts_out import with_expansion, with_prompts, with_residual
+from tests.export.foreign import TEXTS, TOLERANCES, run_onnx, run_torch_export
+from tests.export.models import CONFIGS, images_of, with_expansion, with_prompts, with_residual
 
 Make = Callable[[str], ZeroShotModel]
 HEAD = Head(("cat", "dog", "ship"), ("a {}.", "the {}."))
 
 
-def by_onnxruntime(folder: Path, part: str, value: Tensor) -> tuple[list[Tensor], dict[str, str]]:
-    """Outputs and metadata."""
-    session = onnxruntime.InferenceSession(str(folder / f"{part}.onnx"))
-    found = session.run(None, {session.get_inputs()[0].name: value.numpy()})
-    return [torch.from_numpy(one) for one in found], session.get_modelmeta().custom_metadata_map
-
-
-def by_torch_export(folder: Path, part: str, value: Tensor) -> tuple[list[Tensor], dict[str, str]]:
-    """The same."""
-    extra = {METADATA: ""}
-    program = torch.export.load(folder / f"{part}.pt2", extra_files=extra)
-    return list(program.module()(value)), json.loads(extra[METADATA])
-
-
-RUN = {"onnx": (by_onnxruntime, 1e-4), "torch_export": (by_torch_export, 1e-5)}
+RUN = {"onnx": (run_onnx, TOLERANCES["onnx"]), "torch_export": (run_torch_export, TOLERANCES["torch_export"])}
 
 
 @torch.no_grad()
@@ -87,7 +71,7 @@ def test_transformed_texts_are_baked_into_the_head(change: Callable[[ZeroShotMod
     export(model, "torch_export", tmp_path / "out", head=HEAD)
     assert_graph(model, "torch_export", tmp_path / "out", HEAD)
     raw = model.undefended.logits(model.encode(images_of(model)), model.raw_bank(HEAD.classes, HEAD.templates))
-    found, _ = by_torch_export(tmp_path / "out", "image", images_of(model))
+    found, _ = run_torch_export(tmp_path / "out", "image", images_of(model))
     assert (found[1] - raw).abs().max() > 0.1 and not (tmp_path / "out" / "text.pt2").exists()
 
 

@@ -12,19 +12,11 @@ from aft.clip.merge import interpolate
 from aft.errors import AftError, ConfigError, WeightsError
 from aft.export import export
 from aft.export.__main__ import main
-from tests.conftest import MemoryData, make_trainer
-from tests.methods.recipes import RECIPES, build
+from tests.conftest import MemoryData
+from tests.export.models import trained
+from tests.methods.recipes import RECIPES
 
 REFUSED = {"laat": "text_transform expansion", "tima": "text_transform residual"}
-
-
-def trained(name: str, tiny: ModelSpec, data: MemoryData, folder: Path, **settings: object) -> Path:
-    """A checkpoint after two steps."""
-    method = build(name, tiny, **settings)
-    trainer = make_trainer(folder, limit_val_batches=0)
-    trainer.fit(method, data)
-    trainer.save_checkpoint(folder / "x.ckpt")
-    return folder / "x.ckpt"
 
 
 def assert_out_and_in(checkpoint: Path, folder: Path) -> None:
@@ -81,8 +73,9 @@ def test_the_command_says_what_is_wrong(tiny: ModelSpec, tiny_folder: Path, tmp_
     out = ["--out", str(tmp_path / "out")]
     with pytest.raises(WeightsError, match="holds an image tower alone: set base"):
         main([str(visual), "--name", "ViT-B-32", "--format", "open_clip", *out])
-    with pytest.raises(AftError, match="no weights file at"):
-        main([str(tmp_path / "none.ckpt"), "--format", "open_clip", *out])
+    for missing in (tmp_path / "none.ckpt", "runs/none.safetensors", "runs/photos/checkpoints"):
+        with pytest.raises(AftError, match=f"no weights file at {missing}"):
+            main([str(missing), "--format", "open_clip", *out])
     with pytest.raises(ConfigError, match="FILE=FACTOR"):
         main(["tiny", "--add", f"{visual}=half", "--format", "open_clip", *out])
     with pytest.raises(ConfigError, match="unknown format 'onix': did you mean 'onnx'"):
@@ -90,6 +83,29 @@ def test_the_command_says_what_is_wrong(tiny: ModelSpec, tiny_folder: Path, tmp_
     assert not (tmp_path / "out").exists()
     main([str(visual), "--name", "tiny", "--base", str(tiny_folder), "--format", "open_clip", *out])
     assert (tmp_path / "out" / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--format", "open-clip"], "unknown format 'open-clip': did you mean 'open_clip'"),
+        (["--format", "hf", "--out", "full"], "is not empty"),
+        (["--format", "hf", "--classes", "cat"], "--classes: hf has no class head"),
+        (["--format", "onnx", "--half"], "--half: onnx is a graph in fp32"),
+        (["--format", "onnx", "--templates", "a {}"], "--templates without --classes would do nothing"),
+        (["--format", "onnx", "--settings", "{}"], "--settings without --defense would do nothing"),
+    ],
+)
+def test_what_is_wrong_whichever_the_model_is_said_before_it_is_read(
+    options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong letter should not cost the minutes that a large one takes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    monkeypatch.setattr("aft.export.__main__.load", lambda given: pytest.fail("the model was read"))
+    with pytest.raises(ConfigError, match=words):
+        main(["tiny", "--out", "out", *options])
 
 
 def test_a_graph_is_not_taken_for_weights(tiny: ModelSpec, tmp_path: Path) -> None:

@@ -78,7 +78,14 @@ def test_figures_of_other_weights_are_refused(model: ZeroShotModel, measured: di
     put(tmp_path, "b", behind, sha256=model.record.sha256)
     with pytest.raises(DataError, match="Measure them with eval.py"):
         cards_below(tmp_path, model)
-    with pytest.raises(DataError, match="no weights at all"):
+    (tmp_path / "table.json").write_text('{"rows": []}')  # no card, and passed over
+    with pytest.raises(DataError, match="Measure them with eval.py"):
+        cards_below(tmp_path, model)
+    (tmp_path / "half").mkdir()
+    put(tmp_path / "half", "c", {**measured, "status": "partial"}, sha256=model.record.sha256)
+    with pytest.raises(DataError, match="not all of its images are measured"):
+        cards_below(tmp_path / "half", model)
+    with pytest.raises(DataError, match="no cards lie below .*empty"):
         cards_below(tmp_path / "empty", model)
 
 
