@@ -15,6 +15,7 @@ from aft.clip.model import ZeroShotModel
 from aft.clip.weights import load_model, named
 from aft.defenses import DefenseSpec
 from aft.errors import AftError, ConfigError
+from aft.export.folder import refuse_taken
 from aft.export.formats import FORMATS, Head
 from aft.export.model_card import Provenance, cards_below
 from aft.export.write import export, refuse_request
@@ -89,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser().parse_args(arguments)
     head = Head(tuple(given.classes), tuple(given.templates or Head().templates))
     refuse_lonely(given)
-    refuse_request(given.format, given.out, head, given.half)
+    refuse_request(given.format, head, given.half)
+    refuse_taken(given.out)
     model = load(given)
     cards = cards_below(given.cards, model) if given.cards is not None else []
     told = Provenance(given.title, given.license, given.data)

@@ -108,7 +108,8 @@ def _introduction(model: ZeroShotModel, kind: str) -> str:
     elif record.method == "none":
         trained = "Its image tower was not fine-tuned on adversarial images"
     else:
-        trained = f"Its image tower is `{record.method}`"
+        sums = "the base, and the factors times what the fine-tunings of these sha256 changed"
+        trained = f"Its image tower is `{record.method}`" + (f", {sums}" if record.method.startswith(MERGED) else "")
     behind = "" if defense is None else f" It runs behind the test-time defence `{defense['name']}`, which is part of the graph."
     return f"A CLIP in the format `{kind}`, exported by aft (adversarial fine-tuning, honest evaluation). {trained}.{behind}\n"
 
@@ -125,7 +126,7 @@ def _usage(model: ZeroShotModel, kind: str, half: bool) -> str:
     if kind == "openai":
         lines.append("`clip.load` itself rounds weights to fp16; texts: `clip.tokenize(texts, context_length)`, the number in the file.")
     if half:
-        lines.append("Weights are stored in fp16; the figures below were measured before that rounding.")
+        lines.append("Weights are stored in fp16; figures are of the weights before that rounding.")
     if kind == "llava_tower" and not model.text_transform.idle:
         lines.append("The text transformation that it was trained with is not in a vision tower.")
     return "\n".join(lines) + "\n"
@@ -181,7 +182,8 @@ def _percent(card: Card, what: str) -> str:
 
 def _facts(model: ZeroShotModel, head: Head, half: bool) -> str:
     record, defense = model.record, defense_of(model)
-    radius = "none" if record.eps_trained is None else f"{255 * record.eps_trained:.4g}/255"
+    without = "of a sum: those of its parts" if record.method.startswith(MERGED) else "none"
+    radius = without if record.eps_trained is None else f"{255 * record.eps_trained:.4g}/255"
     rows = {
         "architecture": f"`{record.name}`", "method": f"`{record.method}`", "eps in training": radius,
         "what learned": f"`{json.dumps(record.trainable)}`" if record.trainable else "the whole image tower, or not said",

@@ -11,7 +11,7 @@ from aft.cards import Card, write
 from aft.clip.model import ZeroShotModel
 from aft.errors import ConfigError, unknown_name
 from aft.export.check import check_written
-from aft.export.folder import FACTS, facts_of, hashes_of, refuse_taken, whole_folder, write_json
+from aft.export.folder import FACTS, facts_of, hashes_of, whole_folder, write_json
 from aft.export.formats import FORMATS, Head
 from aft.export.model_card import Provenance, defense_of, model_card
 
@@ -45,7 +45,7 @@ def export(
         WeightsError: what was written does not say what the model says.
     """
     head, told = head or Head(), told or Provenance()
-    refuse_request(kind, out, head, half)
+    refuse_request(kind, head, half)
     made = FORMATS[kind]
     made.check(model, head)
     with whole_folder(out) as folder:
@@ -64,7 +64,7 @@ def export(
     return files
 
 
-def refuse_request(kind: str, out: Path, head: Head, half: bool) -> None:
+def refuse_request(kind: str, head: Head, half: bool) -> None:
     """Raises ConfigError for what no model could be exported with: it can be said before a large one is read."""
     if kind not in FORMATS:
         raise ConfigError(unknown_name("format", kind, FORMATS))
@@ -73,7 +73,6 @@ def refuse_request(kind: str, out: Path, head: Head, half: bool) -> None:
         raise ConfigError(f"--classes: {kind} has no class head, its text tower makes one; classes are for {_graphs()}.")
     if made.graph and half:
         raise ConfigError(f"--half: {kind} is a graph in fp32; half is for the formats of weights.")
-    refuse_taken(out)
 
 
 def _graphs() -> str:

@@ -99,6 +99,7 @@ def test_a_merged_model_shows_its_curve(model: ZeroShotModel, measured: dict[str
     found = cards_below(tmp_path, model)
     text = model_card(model, "hf", FORMATS["hf"], head(), False, found, Provenance(), {})
     own, curve = text.split("On the way between")
+    assert "the base, and the factors times" in own and "| eps in training | of a sum: those of its parts |" in curve
     assert len(found) == 3 and own.count("| cifar10/test") == 1 and curve.count("| cifar10/test") == 3
     assert all(f"`{name}`" in curve for name in ("merge(0.5*aaaaaaaa)", "merge(0.25*aaaaaaaa)", "none")) and "dddddddd" not in text
 
