@@ -24,7 +24,7 @@ from aft.attacks import Attack
 from aft.batch import SuiteData
 from aft.clip import ModelSpec, TrainableSpec
 from aft.errors import AftError, ConfigError, RunError
-from aft.methods import AdversarialFineTuning, OptimizerSpec
+from aft.methods import AdversarialFineTuning, OptimizerSpec, Phase, WarmStart
 from aft.methods.distributed import leave_process_group
 from aft.settings import dropped_settings, explain, flat, new_differences, underlying
 from callbacks import AtomicCheckpointIO, RunLock, TerminalProgress
@@ -55,7 +55,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Raises instead of printing a usage page."""
-        known = (AdversarialFineTuning, Attack, L.LightningDataModule, L.Callback, OptimizerSpec, ModelSpec, TrainableSpec)
+        known = (AdversarialFineTuning, Attack, L.LightningDataModule, L.Callback, OptimizerSpec, ModelSpec, TrainableSpec, Phase,
+                 WarmStart)
         raise ConfigError(explain(message, self, known)) from ex
 
 

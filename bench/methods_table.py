@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from aft.clip import ModelSpec, load_model
 from aft.clip.pack import pack_tower
 from aft.errors import unknown_name
 from bench import methods_report
+from bench.runs import HERE, Method, fit, run
 
-HERE = Path(__file__).resolve().parents[1]
 RECIPE = HERE / "bench" / "methods_table.yaml"
 RUNS = HERE / "runs" / "methods_table"
 RESULTS = HERE / "results" / "methods_table"
@@ -38,45 +37,6 @@ DOCS = HERE / "docs" / "methods.md"
 DATA = {"tiny_imagenet32": "configs/data/tiny_imagenet32.yaml", "cifar10": "configs/data/cifar10.yaml"}
 #: Rows whose image towers are committed before they are measured; of the others the sha256 and the command are kept.
 COMMITTED = {"tecoa_seed0": "tecoa", "fare_seed0": "fare", "tga_zsr_seed0": "tga_zsr"}
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row's method: its class, what differs from the shared settings, the factor on rates, and the seeds."""
-
-    name: str
-    kind: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    factor: float = 1.0
-    seeds: tuple[int, ...] = (0,)
-
-    @classmethod
-    def of(cls, name: str, given: dict[str, Any]) -> Method:
-        """From the recipe's entry."""
-        return cls(name, given["class"], given.get("settings", {}), given.get("factor", 1.0), tuple(given.get("seeds", [0])))
-
-
-def fit(
-    recipe: dict[str, Any], method: Method, folder: Path, rate: float, steps: int, seed: int, trainer: dict[str, Any] | None = None
-) -> Path:
-    """Trains ``steps`` steps, going on where an earlier start stopped; returns the last checkpoint."""
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    if (folder / "done").exists():
-        return checkpoint
-    settings = json.loads(json.dumps(recipe["shared"]))
-    model = settings["model"]
-    model["class_path"] = f"aft.methods.{method.kind}"
-    model["init_args"] |= {**method.settings, "seed": seed}
-    model["init_args"]["optimizer"]["lr"] = rate
-    settings["data"]["init_args"]["seed"] = seed
-    settings["seed_everything"] = seed
-    settings["trainer"] |= {"max_steps": steps, "limit_val_batches": 0, "default_root_dir": str(folder), **(trainer or {})}
-    settings["checkpoint"] = {"monitor": None, "every_n_train_steps": 50}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
-    run("train.py", "fit", "-c", str(folder / "recipe.yaml"), "--ckpt_path", "last", log=folder / "log.txt")
-    (folder / "done").touch()
-    return checkpoint
 
 
 def held_out(recipe: dict[str, Any], method: Method, folder: Path) -> dict[str, float]:
@@ -93,20 +53,6 @@ def held_out(recipe: dict[str, Any], method: Method, folder: Path) -> dict[str, 
         run("-c", code, str(folder / "validate.yaml"), str(kept), log=folder / "validate.txt")
     figures: dict[str, float] = json.loads(kept.read_text())
     return figures
-
-
-def run(*arguments: str, log: Path) -> None:
-    """One command of this project with this interpreter; its output goes to a file.
-
-    Raises:
-        SystemExit: it failed; the end of the log is shown.
-    """
-    with log.open("a") as output:
-        # jsonargparse reads a file from inside its folder, where the empty entry of sys.path no longer names this one.
-        around = {**os.environ, "PYTHONPATH": str(HERE)}
-        done = subprocess.run([sys.executable, *arguments], cwd=HERE, env=around, stdout=output, stderr=subprocess.STDOUT)
-    if done.returncode:
-        sys.exit(f"{' '.join(arguments[:4])} ended with {done.returncode}:\n{log.read_text()[-2000:]}")
 
 
 def search(recipe: dict[str, Any], method: Method) -> tuple[float, dict[str, Any]]:

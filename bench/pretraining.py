@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from aft.cards import write_whole
 from aft.clip import ModelSpec, load_model
-from bench.methods_table import HERE, RECIPE, RUNS, Method, fit, keep, measure, stands, write_page
+from bench.methods_table import RECIPE, RUNS, keep, measure, stands, write_page
+from bench.runs import HERE, Method, fit
 
 WAYS = HERE / "bench" / "pretraining.yaml"
 COUNTED = RUNS / "pretraining" / "flops.json"

@@ -13,6 +13,7 @@ import train
 
 CONFIGS = train.HERE / "configs"
 METHODS = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("methods/*.yaml")])
+CHEAPER = sorted(CONFIGS.glob("cheaper/*.yaml"))
 TRAINERS = sorted(CONFIGS.glob("trainer/*.yaml"))
 ONE_STEP = ["--trainer.max_steps=1", "--trainer.max_epochs=-1", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=1",
             "--trainer.check_val_every_n_epoch=1",
@@ -38,6 +39,20 @@ def on_the_sample(path: Path, folder: Path) -> list[str]:
 def test_every_recipe_runs_a_step(path: Path, tmp_path: Path) -> None:
     """On a tiny random tower."""
     assert train.main(on_the_sample(path, tmp_path)).trainer.global_step == 1
+
+
+@pytest.mark.parametrize("path", CHEAPER, ids=lambda p: p.stem)
+def test_every_cheaper_option_lies_over_a_recipe(path: Path, tmp_path: Path) -> None:
+    """The recipe's class and its other settings stay; one step runs, and what the file sets holds."""
+    below = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())["model"]["init_args"]
+    command = on_the_sample(CONFIGS / "quickstart.yaml", tmp_path)
+    done = train.main([*command[:3], "-c", str(path), *command[3:]])
+    given, method = yaml.safe_load(path.read_text())["model"]["init_args"], done.model
+    assert done.trainer.global_step == 1 and type(method).__name__ == "TeCoA"
+    assert method.val_attack.steps == below["val_attack"]["init_args"]["steps"] and len(done.trainer.callbacks) > 5
+    assert [phase.until for phase in method.phases] == [phase["until"] for phase in given.get("phases", [])]
+    assert (method.perturbations is not None) == ("warm_start" in given)
+    assert method.attack.steps == given.get("attack", below["attack"])["init_args"]["steps"]
 
 
 @pytest.mark.parametrize("path", TRAINERS, ids=lambda p: p.stem)

@@ -46,20 +46,40 @@ class TowerCost:
         return attack + trained * (self.forward + self.weight_gradient) + frozen * self.forward
 
 
-def vit_cost(config: Mapping[str, Any]) -> TowerCost:
+def vit_cost(config: Mapping[str, Any], side: int | None = None, kept: int | None = None) -> TowerCost:
     """The cost of open_clip's VisionTransformer with this model configuration.
+
+    Args:
+        config: open_clip's model configuration.
+        side: of the images, pixels; none: the tower's own.
+        kept: patches that go through the blocks (all are embedded before some are dropped); none: all.
 
     Example:
         >>> import open_clip
         >>> cost = vit_cost(open_clip.get_model_config("ViT-B-32"))
         >>> round(cost.forward / 1e9, 2), round(cost.attention_share, 3), round(cost.patch_share, 3)
-        (8.82, 0.011, 0.026)
+        (8.82, 0.01, 0.026)
     """
     vision = config["vision_cfg"]
-    width, patches = vision["width"], (vision["image_size"] // vision["patch_size"]) ** 2
-    tokens = patches + 1
+    width, patches = vision["width"], ((side or vision["image_size"]) // vision["patch_size"]) ** 2
+    tokens = (patches if kept is None else kept) + 1
     attention = vision["layers"] * 4 * tokens**2 * width
     linear = vision["layers"] * 2 * tokens * width**2 * (4 + 2 * vision.get("mlp_ratio", 4.0))
     patch = 2 * patches * 3 * vision["patch_size"] ** 2 * width
     forward = attention + linear + patch + 2 * width * config["embed_dim"]
     return TowerCost(forward, attention / forward, patch / forward)
+
+
+def text_forward(config: Mapping[str, Any]) -> float:
+    """Operations of one forward of open_clip's text transformer for one prompt of full length.
+
+    Example:
+        >>> import open_clip
+        >>> config = open_clip.get_model_config("ViT-B-16")
+        >>> round(text_forward(config) / vit_cost(config).forward, 3)
+        0.17
+    """
+    text = config["text_cfg"]
+    width, tokens = text["width"], text.get("context_length", 77)
+    block: float = 4 * tokens**2 * width + 24 * tokens * width**2
+    return text["layers"] * block + 2 * width * config["embed_dim"]

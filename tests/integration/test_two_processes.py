@@ -91,6 +91,19 @@ def test_every_method_takes_the_same_step_on_two_processes(folder: Path) -> None
         assert largest_difference(one, two) < 1e-10, name
 
 
+def test_cheaper_options_train_alike_on_two_processes(folder: Path) -> None:
+    """Float64: phases and dropped patches are those of the step on every process, and each holds the perturbations of all."""
+    run("cheaper", 1, folder, file="one")
+    run("cheaper", 2, folder, file="two")
+    for name in ("phases", "warm_start", "free"):
+        one, two = (torch.load(folder / f"{count}-{name}.pt", weights_only=True) for count in ("one", "two"))
+        assert largest_difference(one["weights"], two["weights"]) < 1e-10, name
+        if one["store"]:
+            orders = [found["store"]["index"].argsort() for found in (one, two)]
+            changes = [found["store"]["change"][order] for found, order in zip((one, two), orders, strict=True)]
+            assert one["store"]["count"] == two["store"]["count"] == 24 and torch.equal(*changes) and changes[0].abs().max() > 0
+
+
 def test_sigterm_to_one_of_two_ends_both_with_a_checkpoint(folder: Path) -> None:
     """R1, R2: within 30 s, exit code 143, a checkpoint of a whole step."""
     process = start("endless", 2, folder)

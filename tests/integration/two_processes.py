@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from aft.attacks import PGD
 from aft.batch import Batch
 from aft.clip import ModelSpec, TrainableSpec, weights
-from aft.methods import AdversarialFineTuning, OptimizerSpec, TeCoA
+from aft.methods import AdversarialFineTuning, OptimizerSpec, Phase, TeCoA, WarmStart
 from aft.methods.distributed import leave_process_group
 from callbacks import AtomicCheckpointIO, Interruption
 from datamodules import ImageFolder, Shards
@@ -125,6 +125,22 @@ def methods(devices: int, folder: Path, settings: dict[str, Any]) -> None:
             torch.save(added, folder / f"{settings['file']}-{name}.pt")
 
 
+def cheaper(devices: int, folder: Path, settings: dict[str, Any]) -> None:
+    """Three steps on one global batch over and over, by every cheaper option; rank 0 stores its weights."""
+    plain = OptimizerSpec(name="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, schedule="constant")
+    for name, options in {
+        "phases": {"phases": [Phase(until=0.4, clean=True), Phase(until=0.7, drop_patches=0.5, resolution=16, attack={"steps": 1})]},
+        "warm_start": {"warm_start": WarmStart(capacity=8)},
+        "free": {"warm_start": WarmStart(free=True, capacity=8)},
+    }.items():
+        method = build("tecoa", ModelSpec("tiny"), optimizer=plain, **options)
+        trainer = run(method, devices, folder, 3, [], Split(count=8, batch_size=8, dtype=torch.float64))
+        store = method.perturbations
+        if trainer.global_rank == 0:
+            found = {"weights": method.model.state_dict(), "store": store.state() if store else {}}
+            torch.save(found, folder / f"{settings['file']}-{name}.pt")
+
+
 def endless(devices: int, folder: Path, settings: dict[str, Any]) -> None:
     """Steps until somebody stops it."""
     saver = ModelCheckpoint(folder, save_last=True)
@@ -148,7 +164,7 @@ if __name__ == "__main__":
     job, devices, folder, settings = sys.argv[1:]
     weights.EMBEDDED["tiny"] = Path(folder) / "tiny"
     try:
-        jobs = {"step": step, "methods": methods, "endless": endless, "spoiled": spoiled, "damaged": damaged}
+        jobs = {"step": step, "methods": methods, "cheaper": cheaper, "endless": endless, "spoiled": spoiled, "damaged": damaged}
         jobs[job](int(devices), Path(folder), json.loads(settings))
     finally:
         leave_process_group()

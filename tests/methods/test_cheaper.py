@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from open_clip.transformer import PatchDropout
 from torch import Tensor
 
 from aft.attacks import FGSM, PGD, ClassificationObjective, sample_keys
@@ -24,6 +25,7 @@ from aft.methods.phases import PLAIN, kept_patches, phase_at
 from datamodules import Sample
 from tests.conftest import Calls, MemoryData, make_trainer
 from tests.methods.recipes import RECIPES, build
+from tests.towers import TEXT, VISION
 
 PGD2 = PGD(eps="8/255", step_size="4/255", steps=2)
 FREE = WarmStart(free=True, capacity=64)
@@ -217,16 +219,15 @@ def test_kept_patches_are_counted_noise(model: ZeroShotModel) -> None:
     assert tiniest is not None and len(tiniest) == 1
 
 
-def test_a_tower_that_cannot_see_less_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tower_that_cannot_see_less_is_named(model: ZeroShotModel) -> None:
     """A ResNet; a ViT that drops patches by itself."""
-    for clip in (
-        {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}},
-        {"vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16, "patch_dropout": 0.5}},
-    ):
-        text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-        visual = weights.build_clip({"embed_dim": 16, **clip, "text_cfg": text}).visual
+    resnet = weights.build_clip({"embed_dim": 16, "vision_cfg": VISION["resnet"], "text_cfg": TEXT}).visual
+    dropping: Any = copy.deepcopy(model.visual)
+    dropping.patch_dropout = PatchDropout(0.5)
+    for visual in (resnet, dropping):
+        assert isinstance(visual, torch.nn.Module)
         with pytest.raises(ConfigError, match="cannot see fewer pixels"):
-            patches_at(visual)  # type: ignore[arg-type]
+            patches_at(visual)
 
 
 # --- warm starts --------------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,109 @@
+"""The price of cheaper adversarial training in accuracy: ``python -m bench.cheaper_training [--only NAME ...]``.
+
+``bench/cheaper_training.yaml`` has the rows. The baseline trains first; every other row trains until it has its robust accuracy, or has
+spent three times as much. Everything is resumable, also after a kill. Runs lie in ``runs/cheaper_training``; rows go to
+``results/cheaper_training/rows.json`` and the table to its ``README.md``, row after row. A row that stands there is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+from typing import Any
+
+import yaml
+
+from aft.cards import write_whole
+from aft.clip.weights import describe
+from bench import cheaper_report
+from bench.meter import MARKS
+from bench.runs import HERE, Method, fit
+from bench.step_cost import parts_of, planned, spent
+
+RECIPE = HERE / "bench" / "cheaper_training.yaml"
+RUNS = HERE / "runs" / "cheaper_training"
+RESULTS = HERE / "results" / "cheaper_training"
+
+
+def steps_of(row: dict[str, Any], recipe: dict[str, Any], config: dict[str, Any], own_side: int) -> tuple[int, int]:
+    """Steps of a row's plan, which cost what the baseline's cost, and the most that it may make."""
+    attack = recipe["shared"]["model"]["init_args"]["attack"]["init_args"]["steps"]
+    budget = recipe["baseline"]["steps"] * parts_of({}, attack, own_side)[-1].operations(config)
+    parts = parts_of(row.get("model", {}), attack, own_side)
+    plan = round(budget / planned(parts, config))
+    rest = recipe["most"] * budget - spent(parts, config, plan, plan)
+    every = recipe["every"]
+    return plan, math.ceil((plan + rest / parts[-1].operations(config)) / every) * every
+
+
+def with_ends(settings: dict[str, Any], plan: int, steps: int) -> dict[str, Any]:
+    """Settings whose phases end at shares of the whole run, not of the plan."""
+    phases = [{**phase, "until": round(phase["until"] * plan) / steps} for phase in settings.get("phases", [])]
+    return {**settings, **({"phases": phases} if phases else {})}
+
+
+def train_row(recipe: dict[str, Any], label: str, row: dict[str, Any], steps: int, seed: int, meter: dict[str, Any]) -> dict[str, Any]:
+    """Trains one row, or what of it is missing, and says what is kept of it."""
+    own = json.loads(json.dumps(recipe))
+    own["shared"]["data"]["init_args"] |= row.get("data", {})
+    watch = [{"class_path": "bench.meter.Meter", "init_args": {"every": recipe["every"], "most": recipe["most"], **meter}},
+             {"class_path": "callbacks.CollapseWatch", "init_args": {"every": 100}}, {"class_path": "callbacks.PlainProgress"}]  # fmt: skip
+    folder = RUNS / label
+    fit(own, Method(label, "TeCoA", row.get("model", {})), folder, recipe["rate"], steps, seed, {"callbacks": watch})
+    log = (folder / "log.txt").read_text()
+    return {"marks": json.loads((folder / MARKS).read_text()), "batch": own["shared"]["data"]["init_args"]["batch_size"],
+            "warned": sorted(set(re.findall(r"(?:catastrophic overfitting|collapse) at step \d+", log))),
+            "command": f"python -m bench.cheaper_training --only {label}"}  # fmt: skip
+
+
+def baseline(recipe: dict[str, Any]) -> tuple[float, float]:
+    """Robust accuracy of the baseline after its last step, and what its steps cost; means over seeds, trained where they are missing."""
+    steps = recipe["baseline"]["steps"]
+    for seed in recipe["baseline"]["seeds"]:
+        label = f"tecoa_seed{seed}"
+        if label not in cheaper_report.kept(RESULTS):
+            keep(label, {**train_row(recipe, label, {}, steps, seed, {}), "plan": steps, "model": {}})
+            print(f"{label}: measured", flush=True)
+    ends = [row["marks"][-1] for name, row in cheaper_report.kept(RESULTS).items() if name.startswith("tecoa_seed")]
+    return statistics.fmean(end["robust_accuracy"] for end in ends), statistics.fmean(end["cost"] for end in ends)
+
+
+def keep(label: str, row: dict[str, Any]) -> None:
+    """Adds a row to the results, and writes the table anew."""
+    rows = {**cheaper_report.kept(RESULTS), label: row}
+    write_whole(RESULTS / cheaper_report.ROWS, (json.dumps(rows, indent=1) + "\n").encode())
+    write_page(yaml.safe_load(RECIPE.read_text()))
+
+
+def write_page(recipe: dict[str, Any]) -> None:
+    """The table of what is there."""
+    write_whole(RESULTS / "README.md", cheaper_report.page(recipe, RESULTS).encode())
+
+
+def main() -> None:
+    """Does what is missing, and writes the table of what is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=[], help="names of rows; none: all. The baseline is done in any case.")
+    parser.add_argument("--show", action="store_true", help="only write the table again, from the rows that are there")
+    given = parser.parse_args()
+    recipe = yaml.safe_load(RECIPE.read_text())
+    if not given.show:
+        target, budget = baseline(recipe)
+        print(f"target: {100 * target:.1f} % robust for {budget:.3g} forward-equivalents", flush=True)
+        config: Any = describe(recipe["shared"]["model"]["init_args"]["clip"]["name"], None).config
+        for label, row in recipe["rows"].items():
+            if label in cheaper_report.kept(RESULTS) or (given.only and label not in given.only):
+                continue
+            plan, steps = steps_of(row, recipe, config, config["vision_cfg"]["image_size"])
+            own = {**row, "model": with_ends(row.get("model", {}), plan, steps)}
+            done = train_row(recipe, label, own, steps, 0, {"target": target, "budget": budget})
+            keep(label, {**done, "plan": plan, "model": row.get("model", {})})
+            print(f"{label}: measured", flush=True)
+    write_page(recipe)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Runs of train.py that the tables share: one recipe, one row's method, resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row's method: its class, what differs from the shared settings, the factor on rates, and the seeds."""
+
+    name: str
+    kind: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    factor: float = 1.0
+    seeds: tuple[int, ...] = (0,)
+
+    @classmethod
+    def of(cls, name: str, given: dict[str, Any]) -> Method:
+        """From the recipe's entry."""
+        return cls(name, given["class"], given.get("settings", {}), given.get("factor", 1.0), tuple(given.get("seeds", [0])))
+
+
+def fit(
+    recipe: dict[str, Any], method: Method, folder: Path, rate: float, steps: int, seed: int, trainer: dict[str, Any] | None = None
+) -> Path:
+    """Trains ``steps`` steps, going on where an earlier start stopped; returns the last checkpoint."""
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    if (folder / "done").exists():
+        return checkpoint
+    settings = json.loads(json.dumps(recipe["shared"]))
+    model = settings["model"]
+    model["class_path"] = f"aft.methods.{method.kind}"
+    model["init_args"] |= {**method.settings, "seed": seed}
+    model["init_args"]["optimizer"]["lr"] = rate
+    settings["data"]["init_args"]["seed"] = seed
+    settings["seed_everything"] = seed
+    settings["trainer"] |= {"max_steps": steps, "limit_val_batches": 0, "default_root_dir": str(folder), **(trainer or {})}
+    settings["checkpoint"] = {"monitor": None, "every_n_train_steps": 50}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    run("train.py", "fit", "-c", str(folder / "recipe.yaml"), "--ckpt_path", "last", log=folder / "log.txt")
+    (folder / "done").touch()
+    return checkpoint
+
+
+def run(*arguments: str, log: Path) -> None:
+    """One command of this project with this interpreter; its output goes to a file.
+
+    Raises:
+        SystemExit: it failed; the end of the log is shown.
+    """
+    with log.open("a") as output:
+        # jsonargparse reads a file from inside its folder, where the empty entry of sys.path no longer names this one.
+        around = {**os.environ, "PYTHONPATH": str(HERE)}
+        done = subprocess.run([sys.executable, *arguments], cwd=HERE, env=around, stdout=output, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments[:4])} ended with {done.returncode}:\n{log.read_text()[-2000:]}")

@@ -1,0 +1,135 @@
+"""The table of cheaper training: costs are counted as they are, sums outlive a stop, and a row is ranked by what its evaluations say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from aft.attacks import PGD
+from aft.clip import ModelSpec, ZeroShotModel
+from aft.clip.cost import vit_cost
+from aft.clip.reduced import reduced
+from aft.methods import OptimizerSpec, Phase, TeCoA, WarmStart
+from bench import cheaper_report, cheaper_training
+from bench.meter import MARKS, Meter, cost_of_a_forward
+from bench.step_cost import Part, parts_of, planned, spent
+from datamodules import Sample
+from tests.conftest import TINY, make_trainer
+
+CONFIG: dict[str, Any] = TINY["model_cfg"]
+PGD2 = PGD(eps="8/255", step_size="4/255", steps=2)
+
+
+def run(folder: Path, meter: Meter, steps: int, checkpoint: Path | None = None, **settings: Any) -> TeCoA:
+    """TeCoA on the sample, metered, saved at each mark."""
+    plain: dict[str, Any] = {"attack": PGD2, "val_attack": PGD2, "optimizer": OptimizerSpec(lr=1e-3, schedule="constant")}
+    method = TeCoA(ModelSpec("tiny"), **(plain | settings))
+    data = Sample(batch_size=8, holdout=14, augment="crop_flip")
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=meter.every, save_top_k=-1)
+    trainer = make_trainer(folder, max_steps=steps, limit_val_batches=0, enable_checkpointing=True, callbacks=[meter, saver])
+    trainer.fit(method, datamodule=data, ckpt_path=checkpoint)
+    return method
+
+
+@pytest.mark.parametrize(("side", "kept"), [(32, None), (16, None), (32, torch.tensor([1, 2, 7])), (24, torch.tensor([0]))])
+def test_what_a_smaller_forward_costs(model: ZeroShotModel, side: int, kept: torch.Tensor | None) -> None:
+    """The cost model with fewer pixels and patches, against torch's own count, within 2 % (norms and pooling are left out)."""
+    images = torch.rand(2, 3, 32, 32)
+    with reduced(model.visual, side, kept), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.encode(images)
+    assert counter.get_total_flops() == pytest.approx(2 * vit_cost(CONFIG, side, None if kept is None else len(kept)).forward, rel=0.02)
+
+
+@pytest.mark.parametrize(("settings", "part"), [
+    ({}, Part(1.0, 2)),
+    ({"phases": [Phase(until=1.0, drop_patches=0.5)]}, Part(1.0, 2, drop_patches=0.5)),
+    ({"phases": [Phase(until=1.0, resolution=16, attack={"steps": 1})]}, Part(1.0, 1, side=0.5)),
+    ({"phases": [Phase(until=1.0, clean=True)]}, Part(1.0, 0)),
+    ({"warm_start": WarmStart(free=True)}, Part(1.0, 0, free=True)),
+], ids=lambda value: "" if isinstance(value, Part) else next(iter(value), "plain"))  # fmt: skip
+def test_the_meter_counts_what_the_cost_model_says(settings: dict[str, Any], part: Part, tmp_path: Path) -> None:
+    """In a real run, its evaluations left out: four steps of eight images."""
+    meter = Meter(every=2)
+    run(tmp_path, meter, 4, **settings)
+    expected = 4 * 8 * part.operations(CONFIG) / vit_cost(CONFIG).forward
+    assert meter.sums["cost"] == pytest.approx(expected, rel=1e-9) and meter.sums["images"] == 32
+    assert [mark["step"] for mark in meter.marks] == [2, 4] and meter.sums["seconds"] > 0
+    assert json.loads((tmp_path / MARKS).read_text()) == meter.marks
+
+
+def test_a_free_forward_costs_its_whole_backward() -> None:
+    """3 F: weights and pixels at once."""
+    assert cost_of_a_forward(CONFIG, 32, 16, weights=True, pixels=True) == 3
+    assert cost_of_a_forward(CONFIG, 32, 16, weights=False, pixels=False) == 1
+
+
+def test_a_resumed_meter_is_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Killed at step 3, after the checkpoint of step 2: costs and accuracies are those of a whole run, the lost step counts once."""
+    whole = Meter(every=2)
+    run(tmp_path / "whole", whole, 4)
+    run(tmp_path / "parts", Meter(every=2), 3)
+    meter = Meter(every=2)
+    run(tmp_path / "parts", meter, 4, next((tmp_path / "parts").glob("*step=2.ckpt")))
+    for one, other in zip(whole.marks, meter.marks, strict=True):
+        assert {k: v for k, v in one.items() if "seconds" not in k} == {k: v for k, v in other.items() if "seconds" not in k}
+
+
+def test_the_evaluation_changes_nothing(tmp_path: Path) -> None:
+    """The same weights with a mark at every step and with none."""
+    often, never = run(tmp_path / "a", Meter(every=1), 3), run(tmp_path / "b", Meter(every=100), 3)
+    assert all(torch.equal(a, b) for a, b in zip(often.model.parameters(), never.model.parameters(), strict=True))
+
+
+def marks(*robust: float, cost: float = 1.0) -> list[dict[str, float]]:
+    """One mark a budget tenth, a second and a hundred images a unit of cost."""
+    return [{"step": 50.0 * k, "images": 100.0 * k * cost, "seconds": k * cost, "cpu_seconds": 2 * k * cost, "cost": k * cost,
+             "clean_accuracy": 0.3, "robust_accuracy": value} for k, value in enumerate(robust, 1)]  # fmt: skip
+
+
+def test_when_a_run_is_over() -> None:
+    """Reached and as much spent as the baseline, or three times as much."""
+    meter = Meter(target=0.2, budget=4.0)
+    for robust, over in [((0.1,) * 4, False), ((0.1, 0.25, 0.1), False), ((0.1, 0.25, 0.1, 0.1), True), ((0.1,) * 12, True)]:
+        meter.marks = marks(*robust)
+        assert meter.over() == over
+
+
+def test_rows_are_ranked_by_their_evaluations(tmp_path: Path) -> None:
+    """The target is the baseline's mean end; first crossing, equal cost, not reached, warnings."""
+    rows = {
+        "tecoa_seed0": {"marks": marks(0.1, 0.18, 0.19, 0.18), "warned": []},
+        "tecoa_seed1": {"marks": marks(0.1, 0.15, 0.18, 0.22), "warned": []},
+        "free_4": {"marks": marks(0.1, 0.21, cost=0.5), "warned": []},
+        "fgsm": {"marks": marks(*[0.1] * 12, 0.5), "warned": ["catastrophic overfitting at step 100"]},
+    }
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    recipe = yaml.safe_load(cheaper_training.RECIPE.read_text())
+    page = cheaper_report.page(recipe, tmp_path)
+    table = [text.split(" | ") for text in page.splitlines() if text.startswith("| ")][1:]
+    assert [cells[0] for cells in table] == ["| free_4", "| tecoa_seed1", "| tecoa_seed0", "| fgsm"]
+    assert table[0][2:6] == ["0.25", "0.25", "0.25", "0.25"] and table[1][2] == "1.00"
+    assert table[2][2] == table[3][2] == "not reached" and "catastrophic overfitting at step 100" in table[3][-1]
+    assert "20.0 % robust accuracy (mean of 2 seeds" in page and table[1][6].startswith("22.0 ±")
+
+
+@pytest.mark.parametrize("label", yaml.safe_load(cheaper_training.RECIPE.read_text())["rows"])
+def test_every_plan_spends_what_the_baseline_spends(label: str) -> None:
+    """Within a step; the phases that a run gets end at the plan's steps; the rest of three budgets is at full strength."""
+    recipe = yaml.safe_load(cheaper_training.RECIPE.read_text())
+    row, budget = recipe["rows"][label], 400 * Part(1.0, 2).operations(CONFIG)
+    plan, steps = cheaper_training.steps_of(row, recipe, CONFIG, 32)
+    parts = parts_of(row.get("model", {}), 2, 32)
+    assert spent(parts, CONFIG, plan, plan) == pytest.approx(budget, abs=1.01 * max(p.operations(CONFIG) for p in parts))
+    assert planned(parts, CONFIG) * plan == pytest.approx(budget, rel=2e-3)
+    assert 3 * budget <= spent(parts, CONFIG, steps, plan) < 3 * budget + 51 * parts[-1].operations(CONFIG)
+    phases = cheaper_training.with_ends(row.get("model", {}), plan, steps).get("phases", [])
+    assert [round(p["until"] * steps) for p in phases] == [round(p["until"] * plan) for p in row.get("model", {}).get("phases", [])]
+    assert steps % recipe["every"] == 0
