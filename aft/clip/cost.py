@@ -82,4 +82,4 @@ def text_forward(config: Mapping[str, Any]) -> float:
     text = config["text_cfg"]
     width, tokens = text["width"], text.get("context_length", 77)
     block: float = 4 * tokens**2 * width + 24 * tokens * width**2
-    return text["layers"] * block + 2 * width * config["embed_dim"]
+    return float(text["layers"] * block + 2 * width * config["embed_dim"])

@@ -211,7 +211,7 @@ def _rows_of(beside: Any, rows: Tensor) -> Any:
 
 def in_a_graph() -> bool:
     """Whether operations are being recorded, so that no branch may depend on values."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call, attr-defined]
 
 
 def shut(stage: Stage, value: Tensor, *beside: Any) -> Tensor:
