@@ -152,9 +152,9 @@ class LabelledImages(ImageData, ABC):
         """
         part = self._train_parts["train"]
         batches = Batches(self.store("train"), part.rows_N, part.labels_N, part.index_N, augment=self.augment, padding=self.padding,
-                          seed=self.seed)
+                          seed=self.seed, as_bytes=True)
         order = TrainOrder(len(part.rows_N), self.batch_size, self.seed, *self.place())
-        return TrainLoader(batches, order, self.num_workers, self.replay)
+        return TrainLoader(batches, order, self.num_workers, self.replay, self.in_fit)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader over the held-out training images, or none. Every image once over all processes, which may differ in length."""

@@ -60,7 +60,7 @@ class Captions(ImageData):
         self.check_padding(store.size)
         captions = [source.captions[position] for position in store.positions_N.tolist()]
         return Batches(store, torch.arange(len(store)), None, store.positions_N, captions=captions, augment=self.augment,
-                       padding=self.padding, seed=self.seed)
+                       padding=self.padding, seed=self.seed, as_bytes=True)
 
     def _source(self, split: str) -> CaptionSource:
         table = self.tables[split]
@@ -93,7 +93,7 @@ class Captions(ImageData):
     def train_dataloader(self) -> TrainLoader:
         """Whole batches in the order of (seed, epoch); each process its share of every global batch."""
         order = TrainOrder(len(self._batches), self.batch_size, self.seed, *self.place())
-        return TrainLoader(self._batches, order, self.num_workers, self.replay)
+        return TrainLoader(self._batches, order, self.num_workers, self.replay, self.in_fit)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """None: captions have no accuracy."""

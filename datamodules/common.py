@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import lightning
 
+from aft.batch import Batch
 from aft.errors import ConfigError, unknown_name
 from datamodules.augment import Augment
+from datamodules.images import in_unit_range
 from datamodules.zero_shot_table import table
 
 PROMPT = ("a photo of a {}.",)
@@ -58,6 +63,18 @@ class ImageData(lightning.LightningDataModule):
     def place(self) -> tuple[int, int]:
         """Rank of this process, and how many there are; (0, 1) without a trainer."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    @property
+    def in_fit(self) -> bool:
+        """Whether a trainer is training on this: then its loaders may yield bytes, which ``on_after_batch_transfer`` makes floats."""
+        return isinstance(self.trainer, lightning.Trainer) and bool(self.trainer.training)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Bytes become floats in [0, 1], in the trainer's precision, on the device: a quarter goes there of what floats would be."""
+        if not isinstance(batch, Batch) or batch.images.is_floating_point():
+            return batch
+        whole = replace(batch, images=in_unit_range(batch.images))
+        return whole if self.trainer is None else self.trainer.precision_plugin.convert_input(whole)
 
     def check_sampler(self) -> None:
         """Refuses Lightning's own splitting of the data.

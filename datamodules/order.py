@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from aft.batch import Batch
 from aft.errors import ConfigError, RunError
 from datamodules.augment import Augment, apply, draw
-from datamodules.images import ImageStore
+from datamodules.images import ImageStore, in_unit_range
 
 ORDER, AUGMENTATION = 0, 1  # separate streams of random numbers under one seed
 
@@ -104,7 +104,7 @@ class ExactOrder(Sampler[BatchKey]):
 
 
 class Batches(Dataset[Batch]):
-    """Makes the batch of a key: images from the store, their draws applied, float32 in [0, 1].
+    """Makes the batch of a key: images from the store, their draws applied, float32 in [0, 1], or as bytes for a ``TrainLoader``.
 
     Args:
         images: the store.
@@ -112,12 +112,14 @@ class Batches(Dataset[Batch]):
         labels_N, index_N: ``int64 [N]``, label (none where there are captions) and stable number of each.
         captions: a text for each image; none where there are labels.
         augment, padding, seed: of the augmentation; padding in pixels.
+        as_bytes: leave images ``uint8``.
     """
 
     def __init__(self, images: ImageStore, rows_N: Tensor, labels_N: Tensor | None, index_N: Tensor, *,
-                 captions: Sequence[str] | None = None, augment: Augment = "none", padding: int = 0, seed: int = 0) -> None:
+                 captions: Sequence[str] | None = None, augment: Augment = "none", padding: int = 0, seed: int = 0,
+                 as_bytes: bool = False) -> None:
         self.images, self.rows_N, self.labels_N, self.index_N, self.captions = images, rows_N, labels_N, index_N, captions
-        self.augment, self.padding, self.seed = augment, padding, seed
+        self.augment, self.padding, self.seed, self.as_bytes = augment, padding, seed, as_bytes
 
     def __len__(self) -> int:
         return len(self.rows_N)
@@ -129,11 +131,13 @@ class Batches(Dataset[Batch]):
             images_BCHW = apply(images_BCHW, draws.part(key.start, key.start + len(key.rows_B)))
         labels_B = None if self.labels_N is None else self.labels_N[key.rows_B]
         captions = None if self.captions is None else [self.captions[row] for row in key.rows_B.tolist()]
-        return Batch(images_BCHW.float().div_(255), self.index_N[key.rows_B], labels_B, captions)
+        return Batch(images_BCHW if self.as_bytes else in_unit_range(images_BCHW), self.index_N[key.rows_B], labels_B, captions)
 
 
 class TrainLoader(DataLoader[Batch]):
     """A DataLoader of whole batches whose place in the epoch is in the checkpoint: Lightning saves and restores it.
+
+    Its processes make images of bytes, a quarter of what floats are: copying floats between processes took longer than decoding them.
 
     Iteration starts with the first batch asked for, not with ``iter()``: Lightning opens the iterator before it sets the epoch.
 
@@ -142,15 +146,17 @@ class TrainLoader(DataLoader[Batch]):
         order: the keys of an epoch.
         num_workers: processes that make batches; 0: this one.
         replay: how often each batch comes, in a row and with the same augmentation; it is made once.
+        as_bytes: yield images as the bytes that they are made of; else float32 in [0, 1].
 
     Raises:
         RunError: resumed in the middle of an epoch, with another global batch, seed or number of images than then.
     """
 
-    def __init__(self, batches: Dataset[Any], order: TrainOrder, num_workers: int = 0, replay: int = 1) -> None:
+    def __init__(self, batches: Dataset[Any], order: TrainOrder, num_workers: int = 0, replay: int = 1,
+                 as_bytes: bool = False) -> None:
         super().__init__(batches, sampler=order, batch_size=None, num_workers=num_workers, persistent_workers=num_workers > 0,
                          worker_init_fn=leave_signals if num_workers else None)
-        self.order, self.replay = order, replay
+        self.order, self.replay, self.as_bytes = order, replay, as_bytes
         self._saved_under = self.depends_on()
 
     def __len__(self) -> int:
@@ -174,7 +180,11 @@ class TrainLoader(DataLoader[Batch]):
 
     def once(self) -> Iterator[Batch]:
         """Each batch of the epoch once."""
-        return super().__iter__()
+        return map(self.unpack, super().__iter__())
+
+    def unpack(self, made: Any) -> Batch:
+        """The batch out of what ``batches`` made."""
+        return made if self.as_bytes else replace(made, images=in_unit_range(made.images))
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch, the batches already drawn in it, how often the last one was, and the settings that this place depends on."""

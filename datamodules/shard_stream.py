@@ -36,7 +36,7 @@ class Decoded:
 
 
 class ShardBatches(Dataset[tuple[Batch, list[str]]]):
-    """Makes the batch of a key from a stream; together with it, what was damaged.
+    """Makes the batch of a key from a stream, images as bytes; together with it, what was damaged.
 
     The place of a damaged sample is taken by a good one of the same batch (of the same window, where a batch has none), so that
     every process makes every step with whole batches and the samples of all other batches stay where they are.
@@ -87,7 +87,7 @@ class ShardBatches(Dataset[tuple[Batch, list[str]]]):
         index_B = torch.tensor([one.sample.index for one in chosen])
         labels = [one.label for one in chosen if one.label is not None]
         captions = [one.caption for one in chosen if one.caption is not None]
-        return Batch(images_BCHW.float().div_(255), index_B, torch.tensor(labels) if labels else None, captions or None)
+        return Batch(images_BCHW, index_B, torch.tensor(labels) if labels else None, captions or None)
 
     def _window(self, epoch: int, lane: int, window: int) -> list[Sample]:
         """The samples of a window in the order of use; read on from the one before it, or from where it begins."""
@@ -132,21 +132,23 @@ class ShardLoader(TrainLoader):
         num_workers: processes that read and decode; 0: this one.
         max_bad_share: largest share of this process's samples of an epoch that may be damaged, 0 to 1.
         replay: how often each batch comes, in a row; it is read and counted once.
+        as_bytes: as ``TrainLoader``.
 
     Raises:
         DataError: more than that.
         RunError: as ``TrainLoader``.
     """
 
-    def __init__(self, batches: ShardBatches, num_workers: int, max_bad_share: float, replay: int = 1) -> None:
-        super().__init__(batches, batches.order, num_workers, replay)
+    def __init__(self, batches: ShardBatches, num_workers: int, max_bad_share: float, replay: int = 1,
+                 as_bytes: bool = False) -> None:
+        super().__init__(batches, batches.order, num_workers, replay, as_bytes)
         self.max_bad_share, self.skipped, self._epoch = max_bad_share, 0, 0
 
-    def once(self) -> Iterator[Batch]:
-        """Each batch of the epoch once, its damaged samples counted."""
-        for batch, damaged in super().once():  # type: ignore[misc]
-            self._count(damaged)
-            yield batch
+    def unpack(self, made: tuple[Batch, list[str]]) -> Batch:
+        """The batch; what was damaged is counted."""
+        batch, damaged = made
+        self._count(damaged)
+        return super().unpack(batch)
 
     def _count(self, damaged: list[str]) -> None:
         """Adds to this epoch's count; a line at 1, 2, 4, 8 ... damaged samples."""

@@ -130,7 +130,7 @@ class Shards(ImageData):
                            workers=self.num_workers, window=self.window)
         batches = ShardBatches(self.locations["train"], found, order, image_size=self.image_size, max_pixels=self.max_pixels,
                                augment=self.augment, padding=self.padding)
-        return ShardLoader(batches, self.num_workers, self.max_bad_share, self.replay)
+        return ShardLoader(batches, self.num_workers, self.max_bad_share, self.replay, self.in_fit)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader over the held-out images, or none. Every image once over all processes, which may differ in length."""

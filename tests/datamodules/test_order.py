@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from aft.batch import Batch
 from aft.errors import ConfigError, RunError
 from datamodules import ImageFolder
+from datamodules.images import in_unit_range
 from datamodules.order import Batches, BatchKey, ExactOrder, TrainLoader, TrainOrder
 
 
@@ -207,3 +208,30 @@ def test_lightnings_sampler_is_refused(make_folder, as_rank) -> None:
     data.trainer._accelerator_connector = type("Connector", (), {"use_distributed_sampler": True})()
     with pytest.raises(ConfigError, match="use_distributed_sampler is true"):
         data.setup("fit")
+
+
+class Spy(lightning.Callback):
+    """The images as a step gets them, and as the loader's processes sent them."""
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int) -> None:
+        self.seen = batch.images
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("64-true", torch.float64)])
+def test_bytes_become_floats_where_they_are_used(make_folder, tmp_path: Path, precision: str, dtype: torch.dtype) -> None:
+    """A loader's process sends bytes; a step gets floats in the trainer's precision, the same as the loader gives without a trainer."""
+    data, spy = ImageFolder(str(make_folder()), batch_size=12, augment="none", holdout=0), Spy()
+    trainer = lightning.Trainer(accelerator="cpu", max_steps=1, callbacks=[spy], logger=False, enable_checkpointing=False,
+                                enable_progress_bar=False, use_distributed_sampler=False, precision=precision)
+    trainer.fit(Recorder(), data)
+    assert trainer.train_dataloader.as_bytes and trainer.train_dataloader.dataset.as_bytes
+    (alone,) = data.train_dataloader()
+    assert alone.images.dtype == torch.float32 and spy.seen.dtype == dtype
+    assert torch.equal(spy.seen, alone.images.to(dtype)) and float(alone.images.max()) > 0.5
+
+
+def test_a_grey_level_is_its_255th_part() -> None:
+    """The same bits as in float32 arithmetic, for every level."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(in_unit_range(levels), levels.float() / 255) and torch.equal(in_unit_range(levels.double()), levels.double())

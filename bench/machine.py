@@ -1,0 +1,81 @@
+"""What a figure was measured on, and how it was repeated: shared by all that is timed here. No host names, no paths."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aft.evaluation.origin import commit, now, versions
+
+ALSO = ("torchvision", "lightning", "pillow", "webdataset")  # beside those that stand on every card
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, threads, accelerator, versions and commit, as a plain dictionary for a results file.
+
+    ``load`` is how many processes wanted to run, mean of the last minute: above ``cores`` no wall-clock figure is to be trusted.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    head, dirty = commit()
+    return {
+        "processor": processor(), "system": f"{platform.system()} {platform.machine()}", "cores": cores,
+        "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "versions": {**versions(), **{name: importlib.metadata.version(name) for name in ALSO}},
+        "commit": head, "dirty": dirty, "created": now(),
+    }  # fmt: skip
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or "unknown")
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, quartiles and number of repeats."""
+    quarters = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": statistics.median(values), "quarter": quarters[0], "three_quarters": quarters[2], "n": len(values)}
+
+
+def interleaved(
+    work: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter, warm: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each piece of work, all of them in turn in each repeat, so that a slow minute falls on all alike.
+
+    Args:
+        work: what to time, by name.
+        repeats: rounds that count.
+        clock: ``time.perf_counter`` (wall) or ``time.process_time`` (CPU time of this process, all threads).
+        warm: rounds before them that do not.
+    """
+    found: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(warm + repeats):
+        for name, run in work.items():
+            began = clock()
+            run()
+            if turn >= warm:
+                found[name].append(clock() - began)
+    return found
+
+
+def ratios(above: list[float], below: list[float]) -> dict[str, float]:
+    """Spread of ``above / below``, repeat by repeat."""
+    return spread([one / other for one, other in zip(above, below, strict=True)])
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Columns under their heads, the first one to the left, the others to the right."""
+    widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
+    lines = [[cell.ljust(w) if not place else cell.rjust(w) for place, (cell, w) in enumerate(zip(row, widths, strict=True))]
+             for row in [head, ["-" * w for w in widths], *rows]]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
