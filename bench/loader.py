@@ -32,7 +32,7 @@ from aft.cards import write_whole
 from aft.clip import ModelSpec
 from aft.clip.cost import vit_cost
 from aft.methods import OptimizerSpec, TeCoA
-from bench.machine import interleaved, machine, spread, table
+from bench.machine import interleaved, machine, quiet, spread, table
 from callbacks import Throughput
 from datamodules import ImageFolder, Sample, Shards
 from datamodules.common import ImageData
@@ -221,6 +221,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     given = parser.parse_args(args)
     repeats, batches, images, steps = (2, 1, 256, 6) if given.quick else (9, 6, 1024, 42)
     torch.set_num_threads(1)
+    quiet()
     with tempfile.TemporaryDirectory() as folder:
         kinds = cases(Path(folder), images)
         found = rates(kinds, repeats, batches)

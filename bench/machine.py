@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,12 @@ def machine() -> dict[str, Any]:
         "versions": {**versions(), **{name: importlib.metadata.version(name) for name in ALSO}},
         "commit": head, "dirty": dirty, "created": now(),
     }  # fmt: skip
+
+
+def quiet() -> None:
+    """Only figures on the screen: none of the trainer's advice."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
 
 
 def processor() -> str:

@@ -1,0 +1,74 @@
+"""Whether a run leaves something behind at each step: live tensors, objects, memory of the process."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from aft.batch import Batch
+
+
+@dataclass(frozen=True)
+class Census:
+    """What was alive after a step.
+
+    Args:
+        step: how many optimiser steps were made.
+        tensors: number of tensors that Python holds.
+        bytes: of their storages, each once.
+        objects: all that the garbage collector follows.
+        resident: of the process, bytes; none where the system does not tell.
+    """
+
+    step: int
+    tensors: int
+    bytes: int
+    objects: int
+    resident: int | None
+
+    @classmethod
+    def now(cls, step: int) -> Census:
+        """Of what is left after a collection."""
+        gc.collect()
+        objects = gc.get_objects()
+        tensors = [one for one in objects if issubclass(type(one), torch.Tensor)]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
+        return cls(step, len(tensors), sum(storages.values()), len(objects), status("VmRSS"))
+
+
+class Growth(L.Callback):
+    """Takes a census every so many steps; the first ones, while caches fill, belong to nobody.
+
+    Args:
+        every: optimiser steps between two.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.found: list[Census] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """After a step."""
+        if trainer.global_step % self.every == 0:
+            self.found.append(Census.now(trainer.global_step))
+
+    @property
+    def per_step(self) -> dict[str, float]:
+        """What came each step from the first census to the last; 0 where nothing stays."""
+        first, last = (asdict(one) for one in (self.found[0], self.found[-1]))
+        steps = last["step"] - first["step"]
+        return {key: (last[key] - first[key]) / steps for key in first if key != "step" and first[key] is not None}
+
+
+def status(name: str) -> int | None:
+    """A line of /proc/self/status in bytes (``VmRSS``: now, ``VmHWM``: the most); none where there is no such file."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
