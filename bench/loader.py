@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ LOAD = (0.5, 1.0, 2.0)  # step times, in units of the time in which one core mak
 FADE = 0.62  # of the amplitude from one octave to the next finer one
 
 
+@cache
 def picture(seed: int, width: int = 500, height: int = 375) -> Image.Image:
     """Noise at all scales, each octave ``FADE`` of the coarser one."""
     noise = np.random.default_rng(seed)

@@ -1,0 +1,56 @@
+"""The loader's figures: every case runs, a step waits when it is faster than a worker, cores follow from the cost of the model."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import loader
+
+
+def test_every_case_gives_whole_batches_of_bytes(tmp_path: Path) -> None:
+    """Files made here, reduced and small shards, and the sample, each through its datamodule."""
+    for name, make in loader.cases(tmp_path, 256).items():
+        batch = next(loader.endless(make(0)))
+        assert batch.images.dtype == torch.uint8, name
+        assert tuple(batch.images.shape) == ((128, 3, 32, 32) if "32 px" in name else (64, 3, 224, 224)), name
+
+
+def test_pictures_cost_what_photographs_cost() -> None:
+    """Detail at all scales: neither flat nor white noise, by the bytes of the JPEG; and the same at every run."""
+    data = io.BytesIO()
+    loader.picture(0).save(data, "JPEG", quality=95)
+    assert 20_000 < len(data.getvalue()) < 150_000 and loader.picture(0).tobytes() == loader.picture.__wrapped__(0).tobytes()
+
+
+class Slow:
+    """Stands for a datamodule whose batches take 10 ms each, one after the other."""
+
+    def __init__(self, workers: int) -> None:
+        self.end = time.perf_counter()
+
+
+def test_a_step_waits_for_what_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of half the time that a batch takes wait half of the time; of twice the time, hardly ever."""
+    monkeypatch.setattr(loader, "endless", lambda slow: (ready(slow) for _ in itertools.count()))
+
+    def ready(slow: Slow) -> None:
+        slow.end = max(slow.end + 0.01, time.perf_counter() - 0.02)  # two batches ahead at most
+        time.sleep(max(0.0, slow.end - time.perf_counter()))
+
+    fast, even, slow = loader.waiting_at(Slow, loader.BATCH / 0.01, 3, 6)  # type: ignore[arg-type]
+    assert fast["expected"] == 0.5 and even["expected"] == slow["expected"] == 0
+    assert fast["median"] > 0.25 > slow["median"]
+
+
+def test_cores_follow_from_images_a_second() -> None:
+    """docs/cluster.md's example: 400 TFLOP/s train 6,500 images/s of ViT-B/32 at two attack steps; a given figure goes before."""
+    assert loader.needed("ViT-B-32", 2, 400e12) == pytest.approx(6485, rel=1e-3)
+    found = {name: {"worker": {"median": rate}} for name, rate in ((loader.ORIGINAL, 400.0), (loader.REDUCED, 1000.0))}
+    (row,) = loader.cores(found, 1.0, given=1000.0)
+    assert row["cores"] == {loader.ORIGINAL: 3, loader.REDUCED: 1}

@@ -1,0 +1,50 @@
+"""What autograd holds is counted exactly, and methods hold what their forwards say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from aft.clip import ModelSpec
+from bench import memory
+
+
+def test_saved_bytes_are_those_of_the_activations() -> None:
+    """A chain of products: each layer keeps its input (weights and images are not counted), and after the backward pass nothing is held."""
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8, bias=False), nn.Sigmoid()) for _ in range(3)))
+    x = torch.rand(4, 8)
+    known = {t.untyped_storage().data_ptr() for t in (*layers.parameters(), x)}
+    with memory.saving(known) as saved:
+        loss = layers(x).sum()
+        assert saved.now == saved.most == 3 * 4 * 8 * 4  # the sigmoid's output is the next layer's input: one storage
+        loss.backward()
+        del loss
+    assert saved.now == 0
+
+
+def test_the_peak_is_of_what_is_held_at_once() -> None:
+    """Two graphs, one after the other, hold as much as one; side by side twice as much."""
+    def one(x: torch.Tensor) -> torch.Tensor:
+        return x.sigmoid().sum()
+
+    x = torch.rand(1000, requires_grad=True)
+    with memory.saving({x.untyped_storage().data_ptr()}) as apart:
+        for _ in range(2):
+            one(x).backward()
+    with memory.saving({x.untyped_storage().data_ptr()}) as together:
+        (one(x) + one(x)).backward()
+    assert (apart.most, together.most) == (4000, 8000)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_methods_hold_what_their_views_are(tiny: ModelSpec) -> None:
+    """TeCoA holds what plain fine-tuning holds, PMG-AFT two views of it; recomputing holds less; a teacher stays between steps."""
+    found = {name: memory.measured(name, tiny, 32, 4, less=False) for name in ("plain", "TeCoA", "PMGAFT")}
+    less = memory.measured("plain", tiny, 32, 4, less=True)
+    plain = found["plain"]["saved"]
+    assert plain and found["TeCoA"]["saved"] == pytest.approx(plain, rel=0.02)
+    assert found["PMGAFT"]["saved"] == pytest.approx(2 * plain, rel=0.05)
+    assert less["saved"] < 0.6 * plain
+    assert found["PMGAFT"]["kept"] > found["TeCoA"]["kept"] == found["plain"]["kept"]
+    assert all(one["allocated"] >= one["saved"] for one in found.values())
