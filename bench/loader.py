@@ -3,7 +3,7 @@
 
 Through this project's datamodules, from files to a batch in the process that trains. JPEGs are made here (500 x 375 pixels, noise at all
 scales as photographs have it; the bytes are in the result). ``decoder alone`` is Pillow on the same bytes: opened, decoded, resized.
-Repeats of all cases are interleaved. Writes ``results/loader.json``.
+Repeats of all cases are interleaved. Writes ``results/loader.json`` and the tables of ``docs/performance.md``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from aft.cards import write_whole
 from aft.clip import ModelSpec
 from aft.clip.cost import vit_cost
 from aft.methods import OptimizerSpec, TeCoA
-from bench.machine import interleaved, machine, quiet, spread, table
+from bench.machine import fill, interleaved, machine, quiet, spread, table
 from callbacks import Throughput
 from datamodules import ImageFolder, Sample, Shards
 from datamodules.common import ImageData
@@ -42,7 +42,8 @@ from datamodules.images import cover
 from datamodules.order import TrainLoader
 from datamodules.shard_writer import Recipe
 
-OUT = Path(__file__).resolve().parents[1] / "results" / "loader.json"
+ROOT = Path(__file__).resolve().parents[1]
+OUT, PAGE = ROOT / "results" / "loader.json", ROOT / "docs" / "performance.md"
 ORIGINAL, REDUCED, SMALL, HELD = "500 x 375 JPEG to 224 px", "reduced shards, 224 px", "shards, 32 px", "sample, held in memory, 32 px"
 BATCH, SMALL_BATCH = 64, 128
 ACHIEVED = 400e12  # FLOP/s of a GPU: an assumption, as in docs/cluster.md
@@ -219,7 +220,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--quick", action="store_true", help="a few images: whether it runs, no figures")
     parser.add_argument("--images-per-second", type=float, help="what your GPU trains; without it, by the models' cost")
     parser.add_argument("--achieved", type=float, default=ACHIEVED, help="FLOP/s that a GPU achieves, for that cost")
-    parser.add_argument("--out", type=Path, default=OUT, help="where the figures go")
+    parser.add_argument("--out", type=Path, default=OUT, help="where the figures go; the usual place fills the page as well")
     given = parser.parse_args(args)
     repeats, batches, images, steps = (2, 1, 256, 6) if given.quick else (9, 6, 1024, 42)
     torch.set_num_threads(1)
@@ -232,6 +233,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
                 "waiting_in_training": waiting_in_training(steps, Path(folder)), "achieved_flops": given.achieved,
                 "cores": cores(found, given.achieved, given.images_per_second)}  # fmt: skip
     write_whole(given.out, (json.dumps(told, indent=1) + "\n").encode())
+    if given.out == OUT:
+        fill(PAGE, "bench.loader", in_words(told))
     print(in_words(told), flush=True)
     return told
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from aft.cards import write_whole
 from aft.evaluation.origin import commit, now, versions
 
 ALSO = ("torchvision", "lightning", "pillow", "webdataset")  # beside those that stand on every card
@@ -87,3 +88,17 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [[cell.ljust(w) if not place else cell.rjust(w) for place, (cell, w) in enumerate(zip(row, widths, strict=True))]
              for row in [head, ["-" * w for w in widths], *rows]]
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def fill(page: Path, name: str, text: str) -> None:
+    """Puts measured tables on a page, between ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
+
+    Raises:
+        ValueError: the page has no such place.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{page.name} has no place for the figures of {name}: write {begin.strip()} and {end} on lines of their own.")
+    write_whole(page, f"{before}{begin}\n```\n{text.strip()}\n```\n\n{end}{after}".encode())

@@ -12,7 +12,7 @@ Plain is the same step without an attack: cross-entropy of clean images to class
   its allocator keeps.
 
 The second step of a real run is measured. Ratios are (kept + allocated) / plain's. Also: what 1,000 steps leave behind (``growth``).
-Writes ``results/memory.json``.
+Writes ``results/memory.json`` and the tables of ``docs/performance.md``.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ from aft.cards import write_whole
 from aft.clip import ModelSpec
 from aft.methods import AdversarialFineTuning, OptimizerSpec
 from bench.growth import Growth, status
-from bench.machine import machine, quiet, table
+from bench.machine import fill, machine, quiet, table
 from callbacks import ActivationCheckpointing, Throughput
 
-OUT = Path(__file__).resolve().parents[1] / "results" / "memory.json"
+ROOT = Path(__file__).resolve().parents[1]
+OUT, PAGE = ROOT / "results" / "memory.json", ROOT / "docs" / "performance.md"
 ALL = ("TeCoA", "SAFT", "FARE", "AGFT", "TIMA", "LAAT", "TRADES", "PMGAFT", "SimCLIP", "LORE", "TGAZSR", "AdvFLYP")
 FEW = ("TeCoA", "FARE", "PMGAFT")
 TOWERS = (("miniclip32", "miniclip32", 32, 64, ALL), ("ViT-B-32, random weights", "ViT-B-32", 224, 4, ALL))
@@ -239,7 +240,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     """Measures, prints, writes; returns what it wrote."""
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="three methods on the small tower: whether it runs, no figures")
-    parser.add_argument("--out", type=Path, default=OUT, help="where the figures go")
+    parser.add_argument("--out", type=Path, default=OUT, help="where the figures go; the usual place fills the page as well")
     given = parser.parse_args(args)
     quiet()
     towers = [("miniclip32", "miniclip32", 32, 4, FEW)] if given.quick else TOWERS
@@ -249,10 +250,14 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         rows = {method: {key: measured(method, spec, side, batch, less) for key, less in (("held", False), ("recomputed", True))}
                 for method in ("plain", *names)}  # fmt: skip
         told["towers"][title] = {"batch": batch, "side": side, "methods": rows}
-        print(in_words(title, told["towers"][title]), flush=True)
     told["growth"] = growth(100 if given.quick else 1000)
-    print("left behind by a step:", ", ".join(f"{key} {value:.3g}" for key, value in told["growth"]["per_step"].items()), flush=True)
+    text = "\n\n".join(in_words(title, tower) for title, tower in told["towers"].items())
+    left = ", ".join(f"{key} {value:.3g}" for key, value in told["growth"]["per_step"].items())
+    text += f"\n\nleft behind by a step: {left}"
     write_whole(given.out, (json.dumps(told, indent=1) + "\n").encode())
+    if given.out == OUT:
+        fill(PAGE, "bench.memory", text)
+    print(text, flush=True)
     return told
 
 
@@ -271,7 +276,7 @@ def in_words(title: str, tower: dict[str, Any]) -> str:
             rows.append([f"{name}, {way}", *(f"{one[key] / 1e6:.1f}" for key in ("saved", "allocated", "kept")), resident,
                          f"{one['saved'] / plain['saved']:.2f}", f"{total(one) / total(plain):.2f}"])  # fmt: skip
     head = [f"{title}, batch {tower['batch']}, MB", "saved", "allocated", "kept", "resident", "saved / plain", "all / plain"]
-    return table(head, rows) + "\n"
+    return table(head, rows)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Two processes (gloo, one thread each) take TeCoA steps on MiniCLIP-32, in turn: 
 Steps begin together (a barrier that is not timed); a step has taken as long as its slower process. The same is done at several numbers of
 attack steps. Bytes on the wire are counted as they are sent: buckets by a hook of DDP, all collectives by the dispatcher. The link between
 the two processes is measured by all-reduces alone, and with it the model (``scaling_model.py``) predicts the overhead that was measured.
-Then the model with a GPU's figures, which are assumptions. Writes ``results/scaling.json``.
+Then the model with a GPU's figures, which are assumptions. Writes ``results/scaling.json`` and the tables of ``docs/scaling.md``.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import torch
 
 from aft.cards import write_whole
 from aft.clip.cost import vit_cost
-from bench.machine import machine, ratios, spread, table
+from bench.machine import fill, machine, ratios, spread, table
 from bench.scaling_model import Network, Step, buckets_of, sent
 
 ROOT = Path(__file__).resolve().parents[1]
-OUT = ROOT / "results" / "scaling.json"
+OUT, PAGE = ROOT / "results" / "scaling.json", ROOT / "docs" / "scaling.md"
 
 # Assumptions about GPUs, none of them measured here.
 ACHIEVED = 400e12  # FLOP/s of one, as in docs/cluster.md
@@ -120,7 +120,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     """Measures, prints, writes; returns what it wrote."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few steps: whether it runs, no figures")
-    parser.add_argument("--out", type=Path, default=OUT, help="where the figures go")
+    parser.add_argument("--out", type=Path, default=OUT, help="where the figures go; the usual place fills the page as well")
     given = parser.parse_args(args)
     with tempfile.TemporaryDirectory() as folder:
         found = run_two(Path(folder), given.quick)
@@ -132,6 +132,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             "assumptions": {"achieved_flops": ACHIEVED, "overlap": OVERLAP, "latency": LATENCY, "links": LINKS},
             "many": many()}  # fmt: skip
     write_whole(given.out, (json.dumps(told, indent=1) + "\n").encode())
+    if given.out == OUT:
+        fill(PAGE, "bench.scaling", in_words(told))
     print(in_words(told), flush=True)
     return told
 

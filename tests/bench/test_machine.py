@@ -1,0 +1,46 @@
+"""Where figures come from and where they go."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+import pytest
+
+from bench import machine
+
+
+def test_a_machine_is_described_without_its_name() -> None:
+    """Processor, cores and versions are there; host name and paths are not."""
+    text = json.dumps(machine.machine())
+    assert '"torch"' in text and '"cores"' in text
+    assert platform.node() not in text and str(Path.home()) not in text
+
+
+def test_every_piece_of_work_is_done_in_each_repeat() -> None:
+    """In turn, and the first round does not count."""
+    done: list[str] = []
+    found = machine.interleaved({"a": lambda: done.append("a"), "b": lambda: done.append("b")}, repeats=3)
+    assert done == ["a", "b"] * 4 and {name: len(seconds) for name, seconds in found.items()} == {"a": 3, "b": 3}
+    assert machine.ratios([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == {"median": 3.0, "quarter": 2.5, "three_quarters": 3.5, "n": 3}
+
+
+def test_tables_go_to_their_place_and_nowhere_else(tmp_path: Path) -> None:
+    """Again and again; a page without the place is refused."""
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- x -->\n<!-- end of x -->\nafter\n")
+    for text in ("one", "two"):
+        machine.fill(page, "x", text)
+    assert page.read_text() == "before\n<!-- x -->\n\n```\ntwo\n```\n\n<!-- end of x -->\nafter\n"
+    with pytest.raises(ValueError, match="no place for the figures of y"):
+        machine.fill(page, "y", "three")
+
+
+@pytest.mark.parametrize(("page", "name"), [("performance", "bench.loader"), ("performance", "bench.memory"), ("scaling", "bench.scaling")])
+def test_the_pages_have_the_places(page: str, name: str, tmp_path: Path) -> None:
+    """A measurement of minutes must not end in an error."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    (tmp_path / "page.md").write_text(text, encoding="utf-8")
+    machine.fill(tmp_path / "page.md", name, "figures")
+    assert "figures" in (tmp_path / "page.md").read_text()
