@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -48,3 +51,15 @@ def test_methods_hold_what_their_views_are(tiny: ModelSpec) -> None:
     assert less["saved"] < 0.6 * plain
     assert found["PMGAFT"]["kept"] > found["TeCoA"]["kept"] == found["plain"]["kept"]
     assert all(one["allocated"] >= one["saved"] for one in found.values())
+
+
+def test_the_command_shows_and_keeps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each method both ways, with its ratios to plain; a file elsewhere leaves the page as it is."""
+    one = {"saved": 2_000_000, "allocated": 3_000_000, "kept": 1_000_000, "resident": None}
+    monkeypatch.setattr(memory, "measured", lambda name, *given: {**one, "saved": one["saved"] * (1 + (name == "PMGAFT"))})
+    monkeypatch.setattr(memory, "growth", lambda steps: {"per_step": {"tensors": 0.0}, "census": []})
+    page = memory.PAGE.read_bytes()
+    told = memory.main(["--quick", "--out", str(tmp_path / "memory.json")])
+    assert json.loads((tmp_path / "memory.json").read_text()) == told and memory.PAGE.read_bytes() == page
+    shown = capsys.readouterr().out
+    assert "PMGAFT, recomputed" in shown and "2.00" in shown and "left behind by a step: tensors 0" in shown

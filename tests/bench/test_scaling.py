@@ -11,6 +11,7 @@ from bench.scaling_model import Network
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_bytes_on_the_wire_are_those_of_gradients_and_gathers(tmp_path: Path) -> None:
     """By hook and dispatcher, for a method that couples no samples and for one that does; every kind of step was timed."""
     found = scaling.run_two(tmp_path, quick=True)
@@ -20,7 +21,7 @@ def test_bytes_on_the_wire_are_those_of_gradients_and_gathers(tmp_path: Path) ->
         assert row["collectives"]["allreduce"] >= row["gradients"] and row["sent"] >= row["gradients"]
     assert one["method"] == "TeCoA" and one["gathers_counted"] == 0 and other["gathers_counted"] > 0
     assert all(len(seconds) == 2 and min(seconds) > 0 for kinds in found["steps"].values() for seconds in kinds.values())
-    assert len(scaling.compared(found, scaling.fitted(found["transfers"]))) == 2
+    assert len(scaling.compared(found, scaling.fitted(found["transfers"]))) == 1
 
 
 def test_the_link_is_found_from_its_transfers() -> None:
