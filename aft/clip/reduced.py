@@ -60,7 +60,8 @@ def reduced(visual: nn.Module, side: int | None = None, kept_M: Tensor | None = 
     """While the context is open, every forward of the tower resizes its pixels to ``side`` and reads the patches ``kept_M`` alone.
 
     The resize is part of the graph, so pixels keep their size for whoever attacks them; the position embedding is interpolated and
-    learns through it. The class token always stays. Weights, their names and their order are untouched.
+    learns through it. The class token always stays. Weights, their names and their order are untouched. A compiled tower runs
+    uncompiled here: a graph that was made with these hooks, or without them, would be used again where they are not, or are.
 
     Args:
         visual: a ViT of open_clip.
@@ -73,6 +74,7 @@ def reduced(visual: nn.Module, side: int | None = None, kept_M: Tensor | None = 
     patches_at(visual, side)
     assert isinstance(visual, VisionTransformer)
     handles = []
+    compiled, visual._compiled_call_impl = visual._compiled_call_impl, None
     own = visual.positional_embedding
     if side is not None and side != visual.image_size[0]:
         grid = side // visual.patch_size[0]
@@ -98,5 +100,6 @@ def reduced(visual: nn.Module, side: int | None = None, kept_M: Tensor | None = 
     try:
         yield
     finally:
+        visual._compiled_call_impl = compiled
         for handle in handles:
             handle.remove()

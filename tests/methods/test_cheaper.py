@@ -185,6 +185,23 @@ def test_positions_learn_through_the_interpolation_and_the_tower_is_as_before(mo
     assert torch.allclose(positions_at(model.visual.positional_embedding, 4), model.visual.positional_embedding, atol=1e-6)
 
 
+def test_a_compiled_tower_sees_less_and_then_all_again(model: ZeroShotModel) -> None:
+    """Before the context, in it and after it: as an uncompiled one (a compiled graph does not notice hooks that come and go)."""
+    images, plain = torch.rand(2, 3, 32, 32), copy.deepcopy(model)
+    model.visual.compile(backend="eager")
+    for side in (None, 16, None):
+        with reduced(model.visual, side), reduced(plain.visual, side):
+            torch.testing.assert_close(model.encode(images).embedding_BD, plain.encode(images).embedding_BD, rtol=0, atol=1e-6)
+    with reduced(model.visual, 16):
+        model.encode(images)
+    whole = model.encode(images).embedding_BD
+    torch.testing.assert_close(whole, plain.encode(images).embedding_BD, rtol=0, atol=1e-6)
+    kept = torch.tensor([1, 2])
+    with reduced(model.visual, None, kept), reduced(plain.visual, None, kept):
+        torch.testing.assert_close(model.encode(images).embedding_BD, plain.encode(images).embedding_BD, rtol=0, atol=1e-6)
+    assert model.visual._compiled_call_impl is not None
+
+
 def test_the_attack_sees_what_training_sees_and_the_teacher_sees_all(data: MemoryData, tmp_path: Path) -> None:
     """Tokens of every forward in a step of FARE: two attack forwards and one trained one of 4 kept patches, the teacher's of all 16."""
     method = build("fare", ModelSpec("tiny"), phases=[Phase(until=1.0, drop_patches=0.75)])
