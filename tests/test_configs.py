@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch.strategies import DDPStrategy
 
 import train
 
@@ -63,6 +66,23 @@ def test_every_trainer_file_is_accepted(path: Path, tmp_path: Path, capsys: pyte
     assert done.value.code == 0
     shown = yaml.safe_load(capsys.readouterr().out)["trainer"]
     assert shown["accelerator"] == yaml.safe_load(path.read_text())["trainer"]["accelerator"]
+
+
+@pytest.mark.parametrize("name", ["ddp", "multi_node", None])
+def test_several_processes_do_not_scan_or_wait_for_ever(name: str | None) -> None:
+    """What reaches torch, of the files and of ``--trainer.devices 2`` alone: no scan for unused parameters, no broadcast, ten minutes."""
+    told = yaml.safe_load((CONFIGS / "trainer" / f"{name}.yaml").read_text())["trainer"] if name else {"strategy": given_by_devices()}
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(DDPStrategy, "strategy")
+    strategy = parser.instantiate(parser.parse_object({"strategy": told["strategy"]})).strategy
+    assert strategy._timeout == timedelta(minutes=10)
+    assert (strategy._ddp_kwargs["find_unused_parameters"], strategy._ddp_kwargs["broadcast_buffers"]) == (False, False)
+    assert name is None or told["precision"] == "bf16-mixed"
+
+
+def given_by_devices() -> dict[str, object]:
+    """The strategy of train.py where none is named."""
+    return {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": train.DDP}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))

@@ -229,7 +229,7 @@ class AdversarialFineTuning(ClipModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Targets, attack, views, and the weighted sum of the terms."""
-        self._images_BCHW, self._index_B = batch.images, batch.index
+        self._images_BCHW = batch.images
         doing = f"a training step with {getattr(self.attack, 'steps', 0)} attack steps"
         with naming_out_of_memory(doing, batch.images), self.seeing_less(self.phase):
             targets = self.targets(batch)
@@ -240,6 +240,7 @@ class AdversarialFineTuning(ClipModule):
             losses = {name: term(targets, views) for name, term in self.terms.items()}
             total = torch.stack([self.terms[name].weight_at(self.global_step) * loss for name, loss in losses.items()]).sum()
         self._log_step(targets, views, adversarial, losses, total)
+        self._parts.append((batch.index, total.detach()))
         return total
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

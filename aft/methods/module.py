@@ -6,6 +6,7 @@ Shapes: B images, C channels, H height, W width, K classes, D embedding width.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import lightning as L
@@ -72,8 +73,9 @@ class ClipModule(L.LightningModule):
         self.trainable_spec = trainable
         self.val_clean = nn.ModuleList()
         self.val_robust = nn.ModuleList()
-        self.skipped_steps = 0
-        self._index_B = torch.empty(0, dtype=torch.long)
+        self.skipped_steps = 0  # in a row
+        self.skipped_in_all = 0
+        self._parts: list[tuple[Tensor, Tensor]] = []  # samples and loss of each part of the optimiser step that is being made
         self._choose_trainable(text_transform)
 
     def _choose_trainable(self, text_transform: TextTransformSpec | None) -> None:
@@ -216,22 +218,27 @@ class ClipModule(L.LightningModule):
         self.optimizer_at_this_scale().impose(optimizer, schedule, self.optimised())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the norm of the whole gradient, before any clipping; a gradient that is not finite moves nothing.
+        """Logs the learning rate and the norm of the whole gradient, before any clipping; a gradient that is not finite moves nothing.
 
-        Processes decide alike, since they have averaged their gradients. (fp16's gradient scaler skips by itself.)
+        Processes decide alike, since they have averaged their gradients; each names its own samples. (fp16's gradient scaler skips by
+        itself.) Once a step was skipped, the number of those of this start is logged as ``train/skipped_steps``.
 
         Raises:
             RunError: too many such steps in a row.
         """
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         self.log("train/gradient_norm", norm)
+        self.log("optimizer/learning_rate", optimizer.param_groups[0]["lr"])
+        parts, self._parts = self._parts, []
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return
         self.skipped_steps = 0 if torch.isfinite(norm) else self.skipped_steps + 1
+        self.skipped_in_all += self.skipped_steps > 0
+        if self.skipped_in_all:
+            self.log("train/skipped_steps", float(self.skipped_in_all))
         if self.skipped_steps:
             self.zero_grad(set_to_none=True)
-            samples = ", ".join(str(int(i)) for i in self._index_B[:8])
-            what = f"the gradient of step {self.global_step + 1} is not finite (samples {samples} ...)"
+            what = f"the gradient of step {self.global_step + 1} is not finite ({suspects(parts)})"
             if self.skipped_steps >= MOST_SKIPPED:
                 raise RunError(f"{what}, and {MOST_SKIPPED} steps in a row: lower lr, or look at these samples and at precision.")
             warnings.warn(f"{what}: the step is skipped.", stacklevel=1)
@@ -275,3 +282,15 @@ def check_scale(name: str, scale: float | None) -> None:
     """Raises ConfigError for a factor on cosines, or a temperature, that is not above zero."""
     if scale is not None and not scale > 0:
         raise ConfigError(f"{name} = {scale} is not above 0: a factor on cosines, or a temperature, is positive.")
+
+
+def suspects(parts: Sequence[tuple[Tensor, Tensor]]) -> str:
+    """Which samples of a step to look at, in words.
+
+    Args:
+        parts: samples and loss of each part of the step on this process.
+    """
+    bad = [index for index_B, loss in parts if not bool(torch.isfinite(loss)) for index in index_B.tolist()]
+    every = [index for index_B, _ in parts for index in index_B.tolist()]
+    samples = f"samples {', '.join(map(str, (bad or every)[:8]))}{' ...' * (len(bad or every) > 8)}"
+    return f"from {samples}" if bad else f"the loss of this process is finite; another's is not, or the backward pass of {samples}"

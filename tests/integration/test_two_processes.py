@@ -122,8 +122,10 @@ def test_sigterm_to_one_of_two_ends_both_with_a_checkpoint(folder: Path) -> None
 
 
 def test_nan_on_one_rank_is_skipped_by_both(folder: Path) -> None:
-    """R25: the same finite weights on both, and a line that says so."""
+    """R25: the same finite weights on both, counted on both, and a line that says so with the samples of the process that saw it."""
     output = run("spoiled", 2, folder)
     first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert [weights.pop("skipped") for weights in (first, second)] == [1, 1]
     assert all(torch.equal(first[key], second[key]) and torch.isfinite(first[key]).all() for key in first)
-    assert "the gradient of step 2 is not finite" in output and "the step is skipped" in output
+    assert "the gradient of step 2 is not finite (from samples 9, 11, 13, 15): the step is skipped" in output
+    assert "the gradient of step 2 is not finite (the loss of this process is finite; another's is not" in output

@@ -150,7 +150,8 @@ def endless(devices: int, folder: Path, settings: dict[str, Any]) -> None:
 def spoiled(devices: int, folder: Path, settings: dict[str, Any]) -> None:
     """Three steps, the second of which is NaN on rank 1; every rank stores its weights."""
     method, trainer = fit(devices, folder, 3, [Spoil()], logit_scale=10.0)
-    torch.save(method.model.state_dict(), folder / f"rank{trainer.global_rank}.pt")
+    told = {"skipped": trainer.callback_metrics["train/skipped_steps"]}
+    torch.save({**method.model.state_dict(), **told}, folder / f"rank{trainer.global_rank}.pt")
 
 
 def damaged(devices: int, folder: Path, settings: dict[str, Any]) -> None:

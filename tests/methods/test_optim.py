@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
 from aft.attacks import PGD
+from aft.batch import Batch
 from aft.clip import ModelSpec, ZeroShotModel
 from aft.errors import ConfigError, RunError
 from aft.methods import OptimizerSpec, TeCoA
@@ -77,6 +79,23 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_too_many_end_the_run(ti
     assert all(torch.equal(p, before[name]) for name, p in method.named_parameters())
 
 
+def test_a_skipped_step_is_counted_and_names_the_samples_of_its_bad_part(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """The loss is NaN in the first of three accumulated parts of the first step: the samples are those of that part, not of the last."""
+    method = TeCoA(tiny, attack=PGD(eps="8/255", step_size="4/255", steps=1), logit_scale=10.0)
+    trainer = make_trainer(tmp_path, max_steps=2, limit_val_batches=0, accumulate_grad_batches=3, callbacks=[SpoilOnePart()])
+    with pytest.warns(UserWarning, match=r"step 1 is not finite \(from samples 0, 1, 2, 3, 4, 5, 6, 7\)"):
+        trainer.fit(method, datamodule=data)
+    assert (trainer.global_step, trainer.callback_metrics["train/skipped_steps"]) == (2, 1)
+
+
+class SpoilOnePart(L.Callback):
+    """A scale of NaN in the very first part."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+        """Before each part."""
+        pl_module.logit_scale = float("nan") if batch_idx == 0 and trainer.global_step == 0 else 10.0
+
+
 def test_the_rate_follows_the_images_of_a_step_where_it_is_asked_to(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
     """8 images x 3 accumulated parts are 3 times the 8 that lr is meant for; without lr_for it holds as it is given."""
     for lr_for, expected in ((8, 3e-3), (None, 1e-3), (24, 1e-3)):
@@ -85,6 +104,7 @@ def test_the_rate_follows_the_images_of_a_step_where_it_is_asked_to(tiny: ModelS
         trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0, accumulate_grad_batches=3)
         trainer.fit(method, datamodule=data)
         assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(expected)
+        assert trainer.callback_metrics["optimizer/learning_rate"] == pytest.approx(expected)
     with pytest.raises(ConfigError, match="lr_for = 0 is below 1"):
         OptimizerSpec(lr_for=0)
 

@@ -229,6 +229,16 @@ def test_methods_and_seeds_then_their_evaluation_then_one_table(cluster: Cluster
     assert all(name in table for name in names) and (folder / "table.csv").is_file()
 
 
+def test_an_estimate_is_a_short_job(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
+    """Twenty steps on one process of one node; the hours are those of both, and nothing is left."""
+    command = [sys.executable, "-m", "aft.submit", "--nodes", "2", "--gpus-per-node", "0", "--estimate", "--out", str(tmp_path / "runs"),
+               "--site", str(recipe / "site.yaml"), "--", "fit", "-c", str(recipe / "tiny.yaml")]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=cluster.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"s a step of 20 images \(median of 15 steps on one process\)\nestimate: .* a task on 2 processes", done.stdout)
+    assert "aft-probe" in cluster.run("squeue", "--noheader", "--states=all", "--format=%j") and list((tmp_path / "runs").iterdir()) == []
+
+
 def test_what_cannot_run_is_refused_before_it_is_submitted(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
     """More nodes than there are: SLURM's own word is passed on, no job is made, and no folder."""
     command = [sys.executable, "-m", "aft.submit", "--nodes", "9", "--gpus-per-node", "0", "--out", str(tmp_path / "runs"), "--site",

@@ -10,6 +10,7 @@ import os
 import stat
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,32 @@ def test_a_local_task_that_fails_is_not_measured(
     folder = tmp_path / "aft-local-1"
     assert not (folder / "seed0" / "eval").exists() and (folder / "seed1" / "eval").exists() == others
     assert not (folder / "report.json").exists()
+
+
+def test_an_estimate_is_from_a_short_run_and_leaves_nothing(
+    entry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process, validation off, a folder of its own that is removed; hours for all tasks, and what they rest on."""
+    told = {"seconds": 2.0, "timed": 15, "images": 64, "steps": 1800, "fixed": False}
+    probing = f"""
+        import json, sys
+        from pathlib import Path
+        words = sys.argv[1:]
+        assert "--trainer.callbacks+=callbacks.Probe" in words and words[-2] == "--trainer.default_root_dir", words
+        assert "--trainer.devices=1" in words and "--trainer.num_nodes=1" in words and "--trainer.limit_val_batches=0" in words, words
+        (Path(words[-1]) / "probe.json").write_text({json.dumps(json.dumps(told))})
+    """
+    entry.write_text(textwrap.dedent(probing))
+    words = ["--estimate", "--local", "--entry", str(entry), "--out", str(tmp_path / "runs"), "--gpus-per-node", "4"]
+    assert main([*words, "--seeds", "0,1", *FIT]) == 0
+    said = capsys.readouterr().out
+    assert "2 s a step of 64 images (median of 15 steps on one process)" in said
+    assert "1 GPU-hours a task on 4 processes, 0.25 h; 2 GPU-hours for 2 tasks" in said and list((tmp_path / "runs").iterdir()) == []
+    with pytest.raises(ConfigError, match="--estimate is for fit"):
+        main([*words, "--", "evaluate"])
+    entry.write_text("import sys; sys.exit('no such data')")
+    with pytest.raises(RunError, match="the probe of twenty steps failed:\nno such data"):
+        main([*words, *FIT])
 
 
 def test_hours_of_a_run_follow_from_its_steps() -> None:
