@@ -48,7 +48,7 @@ def test_stable_names_and_pictures_in_tensorboard(run: tuple[str, EventAccumulat
     """Each term, total, gain, accuracy, gradient norm, images a second; a picture of three rows."""
     tags = run[1].Tags()
     wanted = {"train/loss", "train/alignment", "train/adversarial_accuracy", "train/gradient_norm", "attack/gain", "val/clean_accuracy",
-              "val/robust_accuracy", "speed/images_per_second", "speed/data_wait"}  # fmt: skip
+              "val/robust_accuracy", "optimizer/learning_rate", "speed/images_per_second", "speed/data_wait"}  # fmt: skip
     assert wanted <= set(tags["scalars"]) and tags["images"] == ["attack/clean_adversarial_difference"]
     assert 0 <= run[1].Scalars("speed/data_wait")[-1].value < 1
     picture = run[1].Images("attack/clean_adversarial_difference")[0]

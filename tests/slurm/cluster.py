@@ -35,7 +35,7 @@ JobRequeue=1
 KillWait=10
 MinJobAge=3600
 SlurmctldTimeout=30
-SlurmdTimeout=15
+SlurmdTimeout=10
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmctldLogFile={folder}/log/slurmctld
@@ -154,7 +154,7 @@ class Cluster:
         doomed = [daemon, *steps, *(child for step in steps for child in descendants(step) if child != spared)]
         for pid in doomed:
             os.kill(pid, signal.SIGSTOP)  # so that none of them sees another one go
-        for pid in doomed:
+        for pid in reversed(doomed):  # children first: a stopped process whose parent goes is woken by the system, and srun would tell
             os.kill(pid, signal.SIGKILL)
         return doomed
 

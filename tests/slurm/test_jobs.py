@@ -192,7 +192,9 @@ def test_a_rank_that_outlives_its_node_writes_no_more(cluster: Cluster, recipe: 
             os.kill(old, signal.SIGKILL)
     assert re.match(r"RunError: the run in .* was started again", (tmp_path / "outcome").read_text())
     assert cluster.wait(job, 400) == "COMPLETED", log(folder)
-    assert cluster.restarts(job) == 1 and f"process {old} on" in log(folder) and "it will write nothing more here" in log(folder)
+    assert cluster.restarts(job) >= 1  # SLURM may end the second start itself, by a message that was meant for the first
+    assert f"process {old} on" in log(folder) and "it will write nothing more here" in log(folder)
+    assert "forcing job termination" not in log(folder)  # srun had no time to tell anybody
     check_same(folder, whole)
     check_each_sample_once(tmp_path)
 

@@ -64,12 +64,13 @@ def test_the_script_is_bash_and_asks_for_what_was_asked(capsys: pytest.CaptureFi
                  "--partition=gpu", "--cpus-per-task=8", f"--output={tmp_path}/runs/aft-%j/slurm.log", "--open-mode=append"):  # fmt: skip
         assert f"#SBATCH {line}\n" in text
     assert "module load cuda" in text and "export NCCL_SOCKET_IFNAME=ib0" in text and "/opt/aft/.venv/bin/python" in text
+    assert 'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"' in text
     assert '--trainer.num_nodes 2 --trainer.devices 8 --trainer.default_root_dir "$run" --ckpt_path last' in text
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0 and not (tmp_path / "runs").exists()
 
 
-def test_an_evaluation_and_a_table_follow_a_grid(capsys: pytest.CaptureFixture[str]) -> None:
-    """Methods x seeds x a setting; each folder is named after what is its own."""
+def test_an_evaluation_and_a_table_follow_a_grid(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Methods x seeds x a setting; each folder is named after what is its own. The best checkpoint is measured, or else the last."""
     text = dry(capsys, "--methods", "tecoa,fare", "--seeds", "0,1", "--vary", "model.init_args.attack.init_args.eps=1/255,4/255",
                "--at-once", "3", "--", "fit", "-c", str(ROOT / "configs/data/sample.yaml"), "--",
                "evaluate", "-c", str(ROOT / "configs/eval/apgd.yaml"))  # fmt: skip
@@ -77,8 +78,16 @@ def test_an_evaluation_and_a_table_follow_a_grid(capsys: pytest.CaptureFixture[s
     assert "#SBATCH --array=0-7%3\n" in first and "#SBATCH --array=0-7%3\n" in second and "--array" not in third
     assert "task=fare_seed1_eps4_255;" in first and "--seed_everything=1 --model.init_args.seed=1 --data.init_args.seed=1" in first
     assert "checkpoints/best.ckpt" in second and third.count("/eval/cards") == 8
+    (case,) = [line for line in first.splitlines() if "task=fare_seed0_eps1_255;" in line]
+    assert case.index("methods/fare.yaml") < case.index("data/sample.yaml") < case.index("--seed_everything=0")  # the later wins
     for script in (first, second, third):
         assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    (choice,) = [line for line in second.splitlines() if line.startswith("weights=")]
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("last", "best"):
+        (tmp_path / "checkpoints" / f"{name}.ckpt").touch()
+        chosen = subprocess.run(["bash"], input=f'run={tmp_path}; {choice}; echo "$weights"', capture_output=True, text=True)
+        assert chosen.stdout == f"{tmp_path}/checkpoints/{name}.ckpt\n"
 
 
 @pytest.mark.parametrize(
@@ -198,6 +207,7 @@ def test_exit_codes_tell_done_requeue_and_failed(
     assert end in done.stdout and (tmp_path / "runs" / "aft-7").is_dir(), done.stderr
     assert ("scontrol requeue 7" in calls) == queued
     assert queued or done.returncode == code
+    assert "export MASTER_PORT=" in script and "export MASTER_PORT" not in dry(capsys, "--entry", str(entry), "--", "evaluate")
     assert f"{entry} fit -c {TECOA} --trainer.num_nodes 2" in calls and "--kill-on-bad-exit=1" in calls
 
 
