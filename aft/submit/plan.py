@@ -135,7 +135,7 @@ def submit(request: Request, resume: Path | None = None) -> Path:
         The job's folder; its ``job.json`` has the ids.
 
     Raises:
-        RunError: no SLURM here, the cluster cannot give what is asked for, or the folder is another job's or in use.
+        RunError: no SLURM here, the cluster cannot give what is asked for, or the folder is another job's, in use or not to be written.
     """
     site = read_site(request.site)  # what the user can mend in the command comes first
     slurm.need_slurm()
@@ -160,9 +160,11 @@ def submit(request: Request, resume: Path | None = None) -> Path:
             jobs["report"] = slurm.submit(script, [f"--dependency=afterany:{jobs.get('evaluation', jobs['first'])}"])
         keep(folder, RECORD, json.dumps(request.record(jobs), indent=1) + "\n")
         slurm.release(jobs["first"])
-    except (RunError, OSError):
+    except (RunError, OSError) as error:
         slurm.cancel(list(jobs.values()))
-        raise
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"{folder} cannot be written ({error}): choose a folder that all nodes see, with --out; no job is left.") from error
     return folder
 
 

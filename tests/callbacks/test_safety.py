@@ -1,9 +1,10 @@
-"""What keeps a run safe: stops at step ends, atomic checkpoints, an average that disturbs nothing."""
+"""What keeps a run safe: stops at step ends, atomic checkpoints, one process a folder."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -20,11 +21,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from aft.attacks import PGD
-from aft.clip import ModelSpec, load_model
+from aft.clip import ModelSpec
 from aft.errors import ConfigError, RunError
 from aft.methods import OptimizerSpec, TeCoA
 from callbacks import AtomicCheckpointIO, AveragedWeights, Interruption, KeepSaving, RunLock, Stopped, checkpoint_io
-from callbacks.average import trained
 from datamodules import Sample
 from tests.callbacks.saves_forever import save_forever
 from tests.conftest import MemoryData, make_trainer
@@ -162,6 +162,24 @@ def test_kill_9_while_saving_leaves_whole_checkpoints(tmp_path: Path) -> None:
         pytest.skip(f"{KILLS} kills left whole checkpoints, but no second file system can be written here: temporary files lay on the same")
 
 
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def test_a_checkpoint_that_would_run_code_does_not(tmp_path: Path) -> None:
+    """Tensors and plain types alone are read."""
+    torch.save({"value": Payload(tmp_path / "ran")}, tmp_path / "last.ckpt")
+    with pytest.raises(pickle.UnpicklingError):
+        read(tmp_path / "last.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_damaged_checkpoint_names_the_one_before(tmp_path: Path) -> None:
     """A file cut short is no traceback."""
     for value in (1.0, 2.0):
@@ -169,89 +187,6 @@ def test_a_damaged_checkpoint_names_the_one_before(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:300])
     with pytest.raises(RunError, match=f"go on from .*{checkpoint_io.PREVIOUS}"):
         read(tmp_path / "last.ckpt")
-
-
-class Watch(L.Callback):
-    """The weights around each validation, and after each step."""
-
-    def __init__(self) -> None:
-        self.steps: list[torch.Tensor] = []
-        self.in_validation: list[torch.Tensor] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """After a step."""
-        self.steps.append(vector(pl_module))
-
-    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """What is validated."""
-        self.in_validation.append(vector(pl_module))
-
-
-def vector(module: torch.nn.Module) -> torch.Tensor:
-    """All that is trained, as one vector."""
-    return torch.cat([p.detach().flatten().clone() for _, p in trained(module)])
-
-
-def test_the_average_is_what_is_validated_saved_and_loaded(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
-    """Its formula in float64; training sees nothing of it: the weights are bit-equal to a run without."""
-    plain, watch, method = tecoa(tiny), Watch(), tecoa(tiny)
-    start = vector(method)
-    make_trainer(tmp_path, max_steps=4, val_check_interval=2).fit(plain, datamodule=data)
-    saver = ModelCheckpoint(tmp_path, save_last=True)
-    trainer = make_trainer(
-        tmp_path, max_steps=4, val_check_interval=2, enable_checkpointing=True, callbacks=[AveragedWeights(0.5), watch, saver]
-    )
-    trainer.fit(method, datamodule=data)
-    assert torch.equal(vector(method), vector(plain)) and len(watch.in_validation) >= 2
-    expected = start.double()
-    for t, weights in enumerate(watch.steps):
-        decay = min(0.5, (1 + t) / (10 + t))
-        expected = decay * expected + (1 - decay) * weights.double()
-    trainer.save_checkpoint(tmp_path / "average.ckpt")
-    saved = load_model(ModelSpec(pretrained=str(tmp_path / "average.ckpt")))
-    saved.requires_grad_(True)
-    average = torch.cat([p.detach().flatten() for p in saved.visual.parameters()])
-    assert torch.allclose(average.double(), expected, atol=1e-6) and not torch.allclose(average, vector(method), atol=1e-6)
-
-
-def test_a_resumed_average_is_that_of_an_uninterrupted_run(tiny: ModelSpec, tmp_path: Path) -> None:
-    """To the bit, stopped twice in mid-epoch: average and training weights."""
-
-    def run(folder: str, stops: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        checkpoint = None
-        for stop in stops:
-            method, average = tecoa(tiny), AveragedWeights(0.5)
-            saver = ModelCheckpoint(tmp_path / folder, filename=str(stop), every_n_train_steps=stop)
-            trainer = make_trainer(
-                tmp_path / folder, max_steps=stop, limit_val_batches=0, enable_checkpointing=True, callbacks=[average, saver]
-            )
-            sample = Sample(batch_size=16, holdout=0, train_classes=["cat", "dog", "ship"])
-            trainer.fit(method, datamodule=sample, ckpt_path=checkpoint)
-            checkpoint = str(tmp_path / folder / f"{stop}.ckpt")
-        return vector(method), average.average
-
-    (whole, whole_average), (parts, parts_average) = run("whole", [4]), run("parts", [1, 3, 4])
-    assert torch.equal(whole, parts)
-    assert all(torch.equal(value, parts_average[name]) for name, value in whole_average.items())
-
-
-def test_a_checkpoint_without_an_average_begins_one(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
-    """So it can be switched on at a resume."""
-    first = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
-    first.fit(tecoa(tiny), datamodule=data)
-    first.save_checkpoint(tmp_path / "plain.ckpt")
-    average = AveragedWeights(0.5)
-    make_trainer(tmp_path, max_steps=4, limit_val_batches=0, callbacks=[average]).fit(
-        tecoa(tiny), datamodule=data, ckpt_path=str(tmp_path / "plain.ckpt")
-    )
-    assert average.steps == 3
-
-
-@pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
-def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
-    """Named with its value."""
-    with pytest.raises(ConfigError, match="decay"):
-        AveragedWeights(decay)
 
 
 class Logged(Logger):
@@ -286,13 +221,49 @@ def test_the_curve_of_a_stopped_and_resumed_run_lacks_no_step(tiny: ModelSpec, t
 
 
 def test_schedulers_that_repeat_a_signal_do_not_cost_the_checkpoint(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
-    """SIGUSR1, then SIGTERM twice within one step: it is still finished and saved."""
+    """SIGUSR1, then SIGTERM twice within one step: it is still finished and saved, and the first signal is the exit code's."""
     signals = SignalAt(1, signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM)
     trainer = make_trainer(tmp_path, max_steps=5, limit_val_batches=0, enable_checkpointing=True,
                            callbacks=[signals, Interruption(), ModelCheckpoint(tmp_path, save_last=True)])  # fmt: skip
+    with pytest.raises(Stopped) as ended:
+        trainer.fit(tecoa(tiny), datamodule=data)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2 and ended.value.code == 128 + signal.SIGUSR1
+
+
+def test_a_stop_waits_for_the_last_part_of_an_accumulated_step(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """The signal comes in the first of three parts of step 2: the parts that are done would be lost with the process."""
+    trainer = make_trainer(tmp_path, max_steps=5, limit_val_batches=0, enable_checkpointing=True, accumulate_grad_batches=3,
+                           callbacks=[SignalAt(1, signal.SIGTERM), Interruption(), ModelCheckpoint(tmp_path, save_last=True)])  # fmt: skip
     with pytest.raises(Stopped):
         trainer.fit(tecoa(tiny), datamodule=data)
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+class ForkAndSignal(L.Callback):
+    """Within the first step, a forked child signals itself, as SLURM does to the loader's workers; its exit code says what it noted."""
+
+    def __init__(self, interruption: Interruption) -> None:
+        self.interruption, self.noted = interruption, -1
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Once."""
+        if trainer.global_step == 0:
+            child = os.fork()
+            if child == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os._exit(self.interruption.asked)
+            self.noted = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_signal_to_a_forked_child_is_not_the_run_s(
+    tiny: ModelSpec, data: MemoryData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The child has the handler, too: it notes nothing and says nothing, and the run goes on to its end."""
+    interruption = Interruption()
+    child = ForkAndSignal(interruption)
+    trainer = make_trainer(tmp_path, max_steps=2, limit_val_batches=0, callbacks=[child, interruption])
+    trainer.fit(tecoa(tiny), datamodule=data)
+    assert (child.noted, trainer.global_step) == (0, 2) and "stopping after this step" not in capsys.readouterr().out
 
 
 def test_a_stop_waits_for_the_average(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ PROGRAMS = {  # job numbers count the submissions; REFUSE names the call that fa
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of all calls, one a line."""
     for name, body in PROGRAMS.items():
-        words = f'#!/bin/bash\necho "{name} $*" >> "$CALLS"\nif [[ "{name} $*" == $REFUSE ]]; then echo "{name}: error: no" >&2; exit 1; fi\n'
-        (tmp_path / name).write_text(f"{words}{body}\n")
+        refuse = f'if [[ "{name} $*" == $REFUSE ]]; then echo "{name}: error: no" >&2; exit 1; fi'
+        (tmp_path / name).write_text(f'#!/bin/bash\necho "{name} $*" >> "$CALLS"\n{refuse}\n{body}\n')
         (tmp_path / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     for name, value in {"CALLS": str(tmp_path / "calls"), "REFUSE": "nothing", "ACTIVE": ""}.items():
@@ -73,6 +73,14 @@ def test_what_is_refused_leaves_no_job_behind(
     with pytest.raises(RunError, match=f"{told}.*no"):
         main(words(tmp_path))
     assert [line for line in calls.read_text().splitlines() if line.startswith("scancel")] == ([cancelled] if cancelled else [])
+
+
+def test_a_folder_that_cannot_be_made_is_said_and_no_job_is_left(calls: Path, tmp_path: Path) -> None:
+    """Its name holds the job's number, so it comes after the (held) job."""
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    with pytest.raises(RunError, match=r"runs/aft-101 cannot be written .*choose a folder that all nodes see"):
+        main(words(tmp_path))
+    assert calls.read_text().splitlines()[-1] == "scancel 101"
 
 
 def test_a_folder_is_gone_on_with_by_its_own_command_when_it_is_free(

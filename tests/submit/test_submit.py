@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,8 @@ PROGRAM = """
     out = Path(words[words.index("--trainer.default_root_dir" if words[0] == "fit" else "--out") + 1])
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     (out / f"{words[0]}.json").write_text(json.dumps({"words": words, "variable": os.environ.get("VARIABLE")}))
-    sys.exit(int(os.environ.get("FAILS_IN", "") == out.name and words[0] == "fit" and os.environ["CODE"]) or 0)
+    code = int(os.environ.get("FAILS_IN", "") == out.name and words[0] == "fit" and os.environ["CODE"])
+    os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)
 """
 
 
@@ -95,6 +98,7 @@ def test_an_evaluation_and_a_table_follow_a_grid(capsys: pytest.CaptureFixture[s
     [
         ([], "there is no command"),
         (["--nodse", "2", *FIT], "unknown option '--nodse': did you mean '--nodes'"),
+        (["--node", "2", *FIT], "unknown option '--node': did you mean '--nodes'"),
         (["--", "fitt"], "did you mean 'fit'"),
         (["--nodes", "0", *FIT], "--nodes 0 is below 1"),
         (["--gpus-per-node", "-1", *FIT], "--gpus-per-node -1 is below 0"),
@@ -223,22 +227,52 @@ def test_the_same_job_runs_without_a_cluster(entry: Path, tmp_path: Path, capfd:
     measured = json.loads((folder / "seed1" / "eval" / "evaluate.json").read_text())["words"]
     assert json.loads(measured[measured.index("--models") + 1]) == {"seed1": {"pretrained": f"{folder}/seed1/checkpoints/best.ckpt"}}
     assert (folder / "report.json").is_file()
+    with pytest.raises(RunError, match="folder of another run"):
+        main(["--local", "--entry", str(entry), "--gpus-per-node", "0", "--resume", str(folder), *FIT, "--seed_everything", "3"])
     with pytest.raises(ConfigError, match="this machine is one node"):
         main(["--local", "--nodes", "2", *FIT])
 
 
-@pytest.mark.parametrize(("code", "others"), [(1, True), (143, False)])
+@pytest.mark.parametrize(("given", "code", "others"), [(1, 1, True), (143, 143, False), (-signal.SIGKILL, 137, False)])
 def test_a_local_task_that_fails_is_not_measured(
-    entry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, others: bool
+    entry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: int, code: int, others: bool
 ) -> None:
-    """The others go on; after a signal nothing does. The exit code is the task's."""
+    """The others go on; after a signal, handled or not, nothing does. The exit code is the task's."""
     monkeypatch.setenv("FAILS_IN", "seed0")
-    monkeypatch.setenv("CODE", str(code))
+    monkeypatch.setenv("CODE", str(given))
     words = ["--local", "--entry", str(entry), "--out", str(tmp_path), "--seeds", "0,1", *FIT, "--", "evaluate"]
     assert main(words) == code
     folder = tmp_path / "aft-local-1"
     assert not (folder / "seed0" / "eval").exists() and (folder / "seed1" / "eval").exists() == others
     assert not (folder / "report.json").exists()
+
+
+def test_ctrl_c_is_the_command_s_to_handle(entry: Path, tmp_path: Path) -> None:
+    """The launcher waits until the training has saved, and ends with its code."""
+    entry.write_text(textwrap.dedent(f"""
+        import signal, sys, time
+        from pathlib import Path
+        def save(*_):
+            time.sleep(0.5)
+            Path({str(tmp_path / "saved")!r}).touch()
+            sys.exit(130)
+        signal.signal(signal.SIGINT, save)
+        Path({str(tmp_path / "ready")!r}).touch()
+        time.sleep(60)
+    """))
+    command = [sys.executable, "-m", "aft.submit", "--local", "--entry", str(entry), "--out", str(tmp_path / "runs"), *FIT]
+    launcher = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    while not (tmp_path / "ready").is_file():
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    os.killpg(launcher.pid, signal.SIGINT)
+    assert launcher.wait(60) == 130 and (tmp_path / "saved").is_file()
+
+
+def test_a_local_folder_that_cannot_be_made_is_named(entry: Path, tmp_path: Path) -> None:
+    """A file is in its place."""
+    with pytest.raises(RunError, match=r"--out .*train.py/runs cannot be made .*choose a folder that you can write to"):
+        main(["--local", "--entry", str(entry), "--out", str(entry / "runs"), *FIT])
 
 
 def test_an_estimate_is_from_a_short_run_and_leaves_nothing(
@@ -262,6 +296,9 @@ def test_an_estimate_is_from_a_short_run_and_leaves_nothing(
     assert "1 GPU-hours a task on 4 processes, 0.25 h; 2 GPU-hours for 2 tasks" in said and list((tmp_path / "runs").iterdir()) == []
     with pytest.raises(ConfigError, match="--estimate is for fit"):
         main([*words, "--", "evaluate"])
+    entry.write_text(entry.read_text() + "sys.exit('ended badly after all')\n")
+    with pytest.raises(RunError, match="the probe of twenty steps failed:\nended badly after all"):
+        main([*words, *FIT])
     entry.write_text("import sys; sys.exit('no such data')")
     with pytest.raises(RunError, match="the probe of twenty steps failed:\nno such data"):
         main([*words, *FIT])
