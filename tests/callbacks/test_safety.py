@@ -230,6 +230,22 @@ def test_schedulers_that_repeat_a_signal_do_not_cost_the_checkpoint(tiny: ModelS
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2 and ended.value.code == 128 + signal.SIGUSR1
 
 
+class Handlers(L.Callback):
+    """Who answers to signals when training is about to start."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before Interruption, which acts after the others."""
+        self.found = [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1)]
+
+
+def test_lightning_does_not_answer_to_signals(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """Its handlers would save in the middle of a step, queue the job again a second time, and end with exit code 0 (R2, R6)."""
+    handlers, before = Handlers(), [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1)]
+    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[handlers, Interruption()])
+    trainer.fit(tecoa(tiny), datamodule=data)
+    assert handlers.found == before
+
+
 def test_a_stop_waits_for_the_last_part_of_an_accumulated_step(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
     """The signal comes in the first of three parts of step 2: the parts that are done would be lost with the process."""
     trainer = make_trainer(tmp_path, max_steps=5, limit_val_batches=0, enable_checkpointing=True, accumulate_grad_batches=3,
