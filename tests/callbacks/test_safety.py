@@ -162,6 +162,17 @@ def test_kill_9_while_saving_leaves_whole_checkpoints(tmp_path: Path) -> None:
         pytest.skip(f"{KILLS} kills left whole checkpoints, but no second file system can be written here: temporary files lay on the same")
 
 
+def test_parts_of_an_accumulated_step_are_not_saved(
+    tiny: ModelSpec, data: MemoryData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a step, at its end: a checkpoint from between two parts would have lost the first one's gradient."""
+    saved: list[int] = []
+    monkeypatch.setattr("callbacks.saving.save_last", lambda trainer: saved.append(trainer.global_step))
+    trainer = make_trainer(tmp_path, max_steps=3, limit_val_batches=0, accumulate_grad_batches=3, callbacks=[KeepSaving(1)])
+    trainer.fit(tecoa(tiny), datamodule=data)
+    assert saved == [1, 2, 3]
+
+
 class Payload:
     """Writes a file when it is unpickled."""
 
@@ -244,6 +255,7 @@ def test_lightning_does_not_answer_to_signals(tiny: ModelSpec, data: MemoryData,
     trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[handlers, Interruption()])
     trainer.fit(tecoa(tiny), datamodule=data)
     assert handlers.found == before
+    assert "_broadcast_sigterm_tensor" in vars(trainer.fit_loop.epoch_loop)  # nor does it wait for the GPU in every step (R5)
 
 
 def test_a_stop_waits_for_the_last_part_of_an_accumulated_step(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ tests/slurm runs the same on a real SLURM.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -261,7 +262,8 @@ def test_ctrl_c_is_the_command_s_to_handle(entry: Path, tmp_path: Path) -> None:
         time.sleep(60)
     """))
     command = [sys.executable, "-m", "aft.submit", "--local", "--entry", str(entry), "--out", str(tmp_path / "runs"), *FIT]
-    launcher = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and so these tests, may ignore it
+    launcher = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=heard)
     while not (tmp_path / "ready").is_file():
         assert launcher.poll() is None
         time.sleep(0.05)
