@@ -37,6 +37,7 @@ from aft.evaluation.behind import crossed
 from aft.evaluation.collect import collect
 from aft.evaluation.compare import compare
 from aft.evaluation.corruptions import Corruptions
+from aft.evaluation.fitting import images_at_once
 from aft.evaluation.judge import Survivors, cell_under
 from aft.evaluation.pages import Content, again, attacked, kept, picture, publish
 from aft.evaluation.pages.build import as_shown
@@ -73,7 +74,7 @@ class Measurement:
             attacking them again. Cheaper; the smaller radii's accuracy can only come out higher, and their cards say it.
         checks: right images on which the dear automatic doubts are made (64, say), so that a robust figure can be called reliable; 0 makes
             the cheap ones alone. Cards that are finished get their verdict too. Images are also carried over from the other models given.
-        batch_size: images at once, and in a part: a kill loses at most one part.
+        batch_size: images at once, and in a part: a kill loses at most one part. auto: what the GPU's memory takes (100 on a CPU).
         seed: of the attacks' noise.
         out: folder for cards, parts, table.csv and accuracy.png.
         device: auto takes a GPU where there is one.
@@ -101,7 +102,7 @@ class Measurement:
     n: int | None = None
     largest_first: bool = False
     checks: int = 0
-    batch_size: int = 100
+    batch_size: int | Literal["auto"] = 100
     seed: int = 0
     out: Path = Path("runs/eval")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -160,7 +161,7 @@ class Measurement:
         offer = getattr(self.data, "evaluation_set", None)
         if offer is None and not isinstance(self.data, SuiteData):
             raise ConfigError(f"{type(self.data).__name__} has no evaluation_set(split): give a datamodule of datamodules, such as Sample.")
-        if not self.label_spaces or self.batch_size < 1 or self.checks < 0:
+        if not self.label_spaces or (self.batch_size != "auto" and self.batch_size < 1) or self.checks < 0:
             raise ConfigError(
                 f"label_spaces = {self.label_spaces}, batch_size = {self.batch_size}, checks = {self.checks}: give at least one label "
                 "space and one image a batch, and checks of 0 or more."
@@ -196,8 +197,9 @@ class Measurement:
         name += "" if cell.protocol.eps is None else f" {radius_text(str(cell.protocol.norm), cell.protocol.eps)}"
         begin = time.perf_counter()
         share.begin(label, cell)
-        card = evaluate(cell, self.out, label, batch_size=self.batch_size, place=share.place, keep_images=self.keep_images, command=command,
-                        checks=self.checks, siblings=others, log=now_and_then(lambda text: share.say(f"  {text}")))  # fmt: skip
+        card = evaluate(cell, self.out, label, batch_size=images_at_once(self.batch_size, cell), place=share.place,
+                        keep_images=self.keep_images, command=command, checks=self.checks, siblings=others,
+                        log=now_and_then(lambda text: share.say(f"  {text}")))  # fmt: skip
         outcome = f"n = {len(cell.data)}, {time.perf_counter() - begin:.1f} s" if card else "waits for other ranks"
         share.say(f"{name}: {outcome}")
         for check, text in (card["metrics"].get("checks", {}).get("failed", {}) if card else {}).items():

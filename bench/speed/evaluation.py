@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from dataclasses import replace
 
 import torch
@@ -84,3 +85,27 @@ def by_share(effort: Effort) -> Found:
     told = {"attacks": "APGD-CE, APGD-T", "steps": steps, "targets": TARGETS, "by_robust_share": curve,
             "forwards": {"ours": [early, full], "autoattack": [stock_early, stock_full]}}  # fmt: skip
     return Found([curve["0.5"]], {}, told)
+
+
+def along_shares(effort: Effort) -> Found:
+    """Forwards an image under APGD-CE and APGD-T (20 steps, 3 targets) over the straight line between its two ends.
+
+    The ends are counted: no image robust (all break at once), and every image robust. Between them lie radii of a robust model with other
+    shares: an image that breaks late costs more than the line says, so 1 is the least. ``curve`` has forwards and seconds an image.
+    """
+    images, radii = (4, (2,)) if effort.quick else (32, (0.5, 1, 2, 4))
+    model = robust_model()
+
+    def under(eps: float) -> dict[str, float]:
+        """One radius, in units of the pixel range."""
+        cell = replace(cell_of(model, "four", eps, images), protocol=plan("apgd", eps=eps, steps=20, targets=3, classes=10))
+        began = time.perf_counter()
+        spent, share = forwards(cell)
+        seconds = (time.perf_counter() - began) / images
+        return {"eps": eps, "robust_share": share, "forwards": spent / images, "seconds": seconds}
+
+    none, every = under(AT_ONCE), under(NEVER)
+    curve = [none, *(under(radius / 255) for radius in radii), every]
+    line = [none["forwards"] + one["robust_share"] * (every["forwards"] - none["forwards"]) for one in curve]
+    values = [one["forwards"] / straight for one, straight in zip(curve, line, strict=True)][1:-1]
+    return Found(values, {}, {"attacks": "APGD-CE, APGD-T", "steps": 20, "targets": 3, "images": images, "curve": curve})

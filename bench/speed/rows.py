@@ -32,6 +32,8 @@ ROWS: tuple[Row, ...] = (
     Row("broken", "forwards of four attacks on an image that the first one breaks (AutoAttack's own: 111)", evaluation.broken_at_once,
         Target("at most", 12), unit="calls"),
     Row("robust_share", "forwards of ours / AutoAttack's own, half of the images robust", evaluation.by_share),
+    Row("along_shares", "forwards of an evaluation at several robust shares / the line between none and all robust",
+        evaluation.along_shares),
     Row("start_up", "python train.py to the end of the first step, MiniCLIP-32", startup.start_up, Target("at most", 15), unit="s"),
     Row("data_wait", "share of a step's time that waits for data, sample data", startup.data_wait, Target("at most", 0.03)),
     Row("two_gradients", "two processes against one: largest difference of gradients / largest entry, float64",
