@@ -29,6 +29,7 @@ from aft.methods.optim import OptimizerSpec
 from aft.methods.perturbations import PerturbationStore, WarmStart
 from aft.methods.phases import PLAIN, Phase, attack_in, check_order, check_sight, kept_patches, phase_at
 from aft.methods.targets import Targets, TextBanks
+from aft.methods.teacher_cache import TeacherCache, check_cache
 from aft.methods.terms import Term, all_needs, build_terms
 from aft.methods.views import Views
 
@@ -57,6 +58,7 @@ class AdversarialFineTuning(ClipModule):
         teacher: the frozen model that terms compare with; none means the one that the run starts from.
         phases: what is cheaper for a while: a weaker attack, fewer patches, fewer pixels, each up to a share of the run's steps.
         warm_start: where attacks begin, and free adversarial training; none: each begins anew.
+        cache_teacher: keep what the teacher says of a clean image instead of asking each time; for data that augment nothing.
 
     Raises:
         ConfigError: an unknown term or setting, a term whose needs the data or the model cannot meet, or phases that do not fit.
@@ -83,6 +85,7 @@ class AdversarialFineTuning(ClipModule):
         teacher: ModelSpec | None = None,
         phases: list[Phase] | None = None,
         warm_start: WarmStart | None = None,
+        cache_teacher: bool = False,
     ) -> None:
         super().__init__(
             clip, optimizer, val_attack=val_attack, logit_scale=logit_scale, templates=templates, seed=seed, trainable=trainable,
@@ -98,6 +101,7 @@ class AdversarialFineTuning(ClipModule):
         self.needs = all_needs(self.terms.values()) | self.objective_needs
         self.teacher_spec = teacher
         self._teacher: tuple[ZeroShotModel, ...] = ()  # a tuple keeps it out of the optimiser, of DDP and of the checkpoint
+        self.teacher_cache = TeacherCache() if cache_teacher else None
         self.last_adversarial_BCHW: Tensor | None = None
         self.phases = phases or []
         check_order(self.phases)
@@ -108,8 +112,8 @@ class AdversarialFineTuning(ClipModule):
         """Checks needs and builds the teacher.
 
         Raises:
-            ConfigError: tokens are asked of a tower that has none, captions of a method that makes none, or gradients accumulate over
-                a loss that couples samples.
+            ConfigError: tokens are asked of a tower that has none, captions of a method that makes none, gradients accumulate over
+                a loss that couples samples, or the teacher's encodings of images that change are to be kept.
         """
         super().setup(stage)
         for name, term in self.terms.items():
@@ -126,6 +130,8 @@ class AdversarialFineTuning(ClipModule):
         check_sight(self.phases, self.model.visual, "tokens" in self.needs)
         if self.needs & TEACHER_NEEDS and not self._teacher:
             self._teacher = (self._load_teacher(),)
+        if self.teacher_cache is not None:
+            check_cache(getattr(self.data, "augment", None), self.needs)
 
     def on_train_start(self) -> None:
         """Phases need a run with an end.
@@ -185,6 +191,7 @@ class AdversarialFineTuning(ClipModule):
             logit_scale=self.logit_scale,
             tokens="tokens" in self.needs,
             samples_per_step=len(batch.images) * self.trainer.world_size * self.trainer.accumulate_grad_batches,
+            teacher_cache=self.teacher_cache,
         )
 
     def captions(self, batch: Batch) -> Captions | None:

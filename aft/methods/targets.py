@@ -15,6 +15,7 @@ from aft.batch import Batch
 from aft.clip import Encoding, ZeroShotModel
 from aft.errors import ConfigError, DataError, unknown_name
 from aft.methods.captions import Captions
+from aft.methods.teacher_cache import TeacherCache
 
 
 class TextBanks(Mapping[str, Tensor]):
@@ -54,6 +55,7 @@ class Targets:
         logit_scale: a fixed factor on cosines; none means the model's own.
         tokens: whether encodings carry patch tokens.
         samples_per_step: images of one optimiser step over all processes: what a sum in released code runs over.
+        teacher_cache: what the teacher said of clean images before; none encodes them in every step.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Targets:
         logit_scale: float | None = None,
         tokens: bool = False,
         samples_per_step: int | None = None,
+        teacher_cache: TeacherCache | None = None,
     ) -> None:
         self.images = batch.images
         self.index = batch.index
@@ -79,6 +82,7 @@ class Targets:
         self._labels = batch.labels
         self._student = student
         self._teacher = teacher
+        self._teacher_cache = teacher_cache
 
     @property
     def resolution(self) -> int:
@@ -120,7 +124,10 @@ class Targets:
     @cached_property
     def teacher_clean(self) -> Encoding:
         """The teacher on the clean images."""
-        return self._frozen_encoding(self._needed_teacher, self.images)
+        teacher, cache = self._needed_teacher, self._teacher_cache
+        if cache is None:
+            return self._frozen_encoding(teacher, self.images)
+        return Encoding(cache(self.index, self.images, lambda images: self._frozen_encoding(teacher, images).embedding_BD))
 
     @cached_property
     def teacher_adversarial(self) -> Encoding:
