@@ -188,7 +188,8 @@ def said(told: dict[str, Any] | None, notes: list[str]) -> str:
     if AS_PLAIN in told:
         return PLAIN
     if "differences" in told:
-        return f"{max(told['differences'].values()):.0e}"
+        largest = max(told["differences"].values())
+        return f"{largest:.0e}" if largest else "0"
     words = LAYOUT.sub("the layout", told["refused"])
     if words not in notes:
         notes.append(words)
