@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -386,3 +387,14 @@ def test_a_process_of_an_earlier_start_that_still_lives_writes_no_more(
         assert ask("2") == "saved\n"
     old.kill()
     old.wait()
+
+
+def test_a_run_that_was_started_elsewhere_ends_at_its_next_log_entry(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """It need not come to a save to notice."""
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.owner.write_text(json.dumps({**lock.me, "start": "another"}))
+    trainer = make_trainer(tmp_path, max_steps=3, limit_val_batches=0, log_every_n_steps=2, callbacks=[lock])
+    with pytest.raises(RunError, match="was started again"):
+        trainer.fit(tecoa(tiny), datamodule=data)
+    assert trainer.global_step == 2
