@@ -1,4 +1,4 @@
-"""Cheaper adversarial training: phases, fewer patches and pixels, warm starts, free replay. What each computes, its limits, its resume."""
+"""Cheaper adversarial training: phases, warm starts, free replay. What each computes, its limits, its resume."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from open_clip.transformer import PatchDropout
 from torch import Tensor
 
 from aft.attacks import FGSM, PGD, ClassificationObjective, sample_keys
-from aft.clip import ModelSpec, ZeroShotModel, weights
-from aft.clip.enlarge import regrid
-from aft.clip.reduced import patches_at, positions_at, reduced
+from aft.clip import ModelSpec, ZeroShotModel
 from aft.errors import ConfigError, RunError
 from aft.methods import ContrastivePretraining, OptimizerSpec, Phase, TeCoA, WarmStart
 from aft.methods.perturbations import PerturbationStore
@@ -25,7 +22,6 @@ from aft.methods.phases import PLAIN, kept_patches, phase_at
 from datamodules import Sample
 from tests.conftest import Calls, MemoryData, make_trainer
 from tests.methods.recipes import RECIPES, build
-from tests.towers import TEXT, VISION
 
 PGD2 = PGD(eps="8/255", step_size="4/255", steps=2)
 FREE = WarmStart(free=True, capacity=64)
@@ -142,66 +138,6 @@ def test_phases_of_a_run_that_do_not_fit_its_tower_terms_or_end(data: MemoryData
 # --- a tower that sees less ---------------------------------------------------------------------------------------------------------------
 
 
-def test_fewer_pixels_are_the_tower_of_that_size(model: ZeroShotModel) -> None:
-    """As if the weights had been loaded for smaller images: open_clip's own interpolation is the outside reference."""
-    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    smaller = copy.deepcopy(model.clip)
-    with pytest.warns(UserWarning, match="interpolated"):
-        regrid(smaller, 16)
-    pixels = torch.nn.functional.interpolate(model.pixels(images), size=(16, 16), mode="bicubic", antialias=True)
-    with reduced(model.visual, 16):
-        torch.testing.assert_close(model.encode(images).embedding_BD, smaller.visual(pixels), rtol=0, atol=1e-6)
-
-
-def test_fewer_patches_are_a_tower_that_was_never_given_the_others(model: ZeroShotModel) -> None:
-    """Written out by hand; and dropped patches have no gradient."""
-    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    kept = torch.tensor([0, 5, 10])
-    tower: Any = model.visual
-    tokens = tower._embeds(model.pixels(images))  # its ln_pre works on each token alone
-    expected = tower._pool(tower.transformer(tokens[:, [0, 1, 6, 11]]))[0] @ tower.proj
-    with reduced(tower, kept_M=kept):
-        found = model.encode(images).embedding_BD
-    torch.testing.assert_close(found, expected)
-    (gradient,) = torch.autograd.grad(found.sum(), images)
-    patches = gradient.unfold(2, 8, 8).unfold(3, 8, 8).abs().amax(dim=(0, 1, 4, 5)).flatten()
-    assert (patches.nonzero().flatten() == kept).all()
-
-
-def test_positions_learn_through_the_interpolation_and_the_tower_is_as_before(model: ZeroShotModel) -> None:
-    """Same parameters in the same order afterwards, also where the forward fails."""
-    names = [name for name, _ in model.visual.named_parameters()]
-    images = torch.rand(2, 3, 32, 32)
-    whole = model.encode(images).embedding_BD
-    with reduced(model.visual, 16, torch.tensor([1, 2])):
-        model.encode(images).embedding_BD.sum().backward()
-        with pytest.raises(RuntimeError):
-            model.visual(torch.rand(2, 5, 32, 32))
-        assert [name for name, _ in model.visual.named_parameters()] == names
-    gradient = model.visual.positional_embedding.grad
-    assert gradient is not None and gradient.abs().sum() > 0
-    assert isinstance(model.visual.positional_embedding, torch.nn.Parameter)
-    assert torch.equal(model.encode(images).embedding_BD, whole)
-    assert torch.allclose(positions_at(model.visual.positional_embedding, 4), model.visual.positional_embedding, atol=1e-6)
-
-
-def test_a_compiled_tower_sees_less_and_then_all_again(model: ZeroShotModel) -> None:
-    """Before the context, in it and after it: as an uncompiled one (a compiled graph does not notice hooks that come and go)."""
-    images, plain = torch.rand(2, 3, 32, 32), copy.deepcopy(model)
-    model.visual.compile(backend="eager")
-    for side in (None, 16, None):
-        with reduced(model.visual, side), reduced(plain.visual, side):
-            torch.testing.assert_close(model.encode(images).embedding_BD, plain.encode(images).embedding_BD, rtol=0, atol=1e-6)
-    with reduced(model.visual, 16):
-        model.encode(images)
-    whole = model.encode(images).embedding_BD
-    torch.testing.assert_close(whole, plain.encode(images).embedding_BD, rtol=0, atol=1e-6)
-    kept = torch.tensor([1, 2])
-    with reduced(model.visual, None, kept), reduced(plain.visual, None, kept):
-        torch.testing.assert_close(model.encode(images).embedding_BD, plain.encode(images).embedding_BD, rtol=0, atol=1e-6)
-    assert model.visual._compiled_call_impl is not None
-
-
 def test_the_attack_sees_what_training_sees_and_the_teacher_sees_all(data: MemoryData, tmp_path: Path) -> None:
     """Tokens of every forward in a step of FARE: two attack forwards and one trained one of 4 kept patches, the teacher's of all 16."""
     method = build("fare", ModelSpec("tiny"), phases=[Phase(until=1.0, drop_patches=0.75)])
@@ -234,17 +170,6 @@ def test_kept_patches_are_counted_noise(model: ZeroShotModel) -> None:
     assert kept_patches(Phase(until=1.0), model.visual, 0, 7) is None
     tiniest = kept_patches(Phase(until=1.0, drop_patches=0.999), model.visual, 0, 7)
     assert tiniest is not None and len(tiniest) == 1
-
-
-def test_a_tower_that_cannot_see_less_is_named(model: ZeroShotModel) -> None:
-    """A ResNet; a ViT that drops patches by itself."""
-    resnet = weights.build_clip({"embed_dim": 16, "vision_cfg": VISION["resnet"], "text_cfg": TEXT}).visual
-    dropping: Any = copy.deepcopy(model.visual)
-    dropping.patch_dropout = PatchDropout(0.5)
-    for visual in (resnet, dropping):
-        assert isinstance(visual, torch.nn.Module)
-        with pytest.raises(ConfigError, match="cannot see fewer pixels"):
-            patches_at(visual)
 
 
 # --- warm starts --------------------------------------------------------------------------------------------------------------------------
