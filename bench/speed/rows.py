@@ -43,6 +43,6 @@ ROWS: tuple[Row, ...] = (
     Row("folded_b32", "the same, ViT-B/32, batch 8", tricks.folded(BASE, 8, 5)),
     Row("bf16", "attack's pass, fp32 / bf16 autocast, MiniCLIP-32", tricks.bf16),
     Row("channels_last", "training pass of a ResNet-50, usual order / channels last", tricks.channels_last),
-    Row("fused", "AdamW's step by lists / fused, weights of a ViT-B/32", tricks.fused),
+    Row("fused", "AdamW's step by default / fused, weights of a ViT-B/32", tricks.fused),
     Row("compiled", "attack's pass, eager / compiled, MiniCLIP-32", tricks.compiled),
 )  # fmt: skip
