@@ -28,7 +28,7 @@ from aft.methods import AdversarialFineTuning, OptimizerSpec, Phase, WarmStart
 from aft.methods.distributed import leave_process_group
 from aft.settings import dropped_settings, explain, flat, new_differences, underlying
 from callbacks import AtomicCheckpointIO, RunLock, TerminalProgress
-from callbacks.checkpoint_io import newest_whole
+from callbacks.checkpoint_io import newest_whole, sweep
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "configs" / "base.yaml"
@@ -152,6 +152,7 @@ class Main(LightningCLI):
         except RunError:
             lock.release()
             raise
+        sweep(Path(self.settings.checkpoint.dirpath))
         self.trainer.callbacks.append(lock)
         if isinstance(self.trainer.strategy.checkpoint_io, AtomicCheckpointIO):
             self.trainer.strategy.checkpoint_io.may_write = lock.still_ours

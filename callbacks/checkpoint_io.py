@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -86,6 +87,13 @@ def keep_previous(target: Path) -> None:
     except OSError:  # a file system without links: the rename alone is still atomic
         return
     os.replace(second, Path(f"{target}{PREVIOUS}"))
+
+
+def sweep(folder: Path) -> None:
+    """Removes the temporary files of processes that were killed in a save; for who holds the run folder's lock."""
+    for left in folder.glob(".*.ckpt.*"):
+        if re.fullmatch(rf"\..+\.ckpt\.\d+({re.escape(PREVIOUS)})?", left.name):
+            left.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -95,15 +95,16 @@ def test_a_stale_checkpoint_of_a_cluster_job_is_refused(config: Path, tmp_path: 
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(config: Path, tmp_path: Path) -> None:
-    """``--ckpt_path last`` goes on from it, and says so."""
+    """``--ckpt_path last`` goes on from it, and says so; what a killed save left beside it is gone."""
     fit(config)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     content = last.read_bytes()
     shutil.copy(last, f"{last}.previous")
     last.write_bytes(content[: len(content) // 2])
+    last.with_name(".last.ckpt.4711").touch()
     with pytest.warns(UserWarning, match="last.ckpt is damaged .* going on from .*last.ckpt.previous"):
         again = fit(config, "--ckpt_path=last", "--trainer.max_steps=3")
-    assert again.trainer.global_step == 3
+    assert again.trainer.global_step == 3 and not last.with_name(".last.ckpt.4711").exists()
 
 
 @pytest.mark.parametrize(
