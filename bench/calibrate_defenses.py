@@ -237,14 +237,28 @@ def measured(model: ZeroShotModel, seen: Images, given: Mapping[str, Any], attac
 
 
 def chosen(rows: Mapping[str, Sequence[Mapping[str, Any]]], clean_loss: float) -> dict[str, Any]:
-    """Of each defence the most robust candidate that costs at most ``clean_loss`` points of clean accuracy; none where all cost more."""
+    """Of each defence the most robust candidate that costs at most ``clean_loss`` points of clean accuracy; none where all cost more.
+
+    One whose gates never open is no candidate: nothing of the defence is left but its noise.
+    """
     base = rows["undefended"][0]["clean"]["percent"]
     best: dict[str, Any] = {}
     for name, candidates in rows.items():
-        allowed = [row for row in candidates if row["clean"]["percent"] >= base - clean_loss]
+        allowed = [row for row in candidates if row["clean"]["percent"] >= base - clean_loss and acts(row["gate_rates"])]
         if name != "undefended":
             best[name] = max(allowed, key=lambda row: (row["robust"]["percent"], row["clean"]["percent"]))["settings"] if allowed else None
     return best
+
+
+def acts(gate_rates: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether a gate opens for some images, clean or attacked; true of a defence without gates.
+
+    Example:
+        >>> acts({"clean": {"pixels": 0.0}, "attacked": {"pixels": 0.1}}), acts({"clean": {"pixels": 0.0}, "attacked": {"pixels": 0.0}})
+        (True, False)
+    """
+    rates = [rate for stages in gate_rates.values() for rate in stages.values()]
+    return not rates or max(rates) > 0
 
 
 def bpda_and_eot(

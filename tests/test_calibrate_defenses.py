@@ -15,9 +15,10 @@ from bench import calibrate_defenses as bench
 from tests.conftest import MemoryData
 
 
-def row(clean: float, robust: float, name: str) -> dict:
-    """A candidate's figures."""
-    return {"settings": {"name": name}, "clean": {"percent": clean}, "robust": {"percent": robust}}
+def row(clean: float, robust: float, name: str, gates: tuple[float, ...] = ()) -> dict:
+    """A candidate's figures; the share of attacked images for which each of its gates opens."""
+    rates = {"clean": {}, "attacked": {str(place): rate for place, rate in enumerate(gates)}}
+    return {"settings": {"name": name}, "clean": {"percent": clean}, "robust": {"percent": robust}, "gate_rates": rates}
 
 
 @pytest.fixture
@@ -42,10 +43,10 @@ def upwards(model, text_KD, images, labels, keys, *, eps, steps):
 
 
 def test_the_most_robust_of_those_that_keep_clean_accuracy_is_chosen():
-    """Ties go to the cleaner one; where all cost too much none is chosen."""
+    """Ties go to the cleaner one; where all cost too much none is chosen; what never acts is no candidate."""
     rows = {"undefended": [row(30, 2, "")], "a": [row(24, 20, "dear"), row(26, 9, "good"), row(29, 9, "better"), row(30, 4, "weak")],
-            "b": [row(24.9, 30, "dear")]}  # fmt: skip
-    assert bench.chosen(rows, 5) == {"a": {"name": "better"}, "b": None}
+            "b": [row(24.9, 30, "dear")], "c": [row(30, 9, "its noise alone", (0.0,)), row(30, 8, "acts", (0.0, 0.1))]}  # fmt: skip
+    assert bench.chosen(rows, 5) == {"a": {"name": "better"}, "b": None, "c": {"name": "acts"}}
 
 
 def test_candidates_are_measured_under_the_attack_that_is_handed_in(model, seen):
