@@ -12,6 +12,9 @@ import torch
 
 from aft.batch import Batch
 
+#: Tensors that have memory of their own.
+REAL = (torch.Tensor, torch.nn.Parameter)
+
 
 @dataclass(frozen=True)
 class Census:
@@ -19,7 +22,7 @@ class Census:
 
     Args:
         step: how many optimiser steps were made.
-        tensors: number of tensors that Python holds.
+        tensors: number of tensors that Python holds, without those that a traced graph left (they have shapes and no memory).
         bytes: of their storages, each once.
         objects: all that the garbage collector follows.
         resident: of the process, bytes; none where the system does not tell.
@@ -36,7 +39,7 @@ class Census:
         """Of what is left after a collection."""
         gc.collect()
         objects = gc.get_objects()
-        tensors = [one for one in objects if issubclass(type(one), torch.Tensor)]
+        tensors = [one for one in objects if type(one) in REAL]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
         return cls(step, len(tensors), sum(storages.values()), len(objects), status("VmRSS"))
 

@@ -170,6 +170,8 @@ def test_a_lost_node_costs_nothing_but_time(cluster: Cluster, recipe: Path, whol
     check_each_sample_once(tmp_path)
 
 
+@pytest.mark.skipif("AFT_STRESS" not in os.environ, reason="a second start may be ended by a late message meant for the first, and is "
+                    "queued again: minutes; make stress does it")
 def test_a_rank_that_outlives_its_node_writes_no_more(cluster: Cluster, recipe: Path, whole: Path, tmp_path: Path) -> None:
     """The node of the job's script is lost, but for rank 0, which is about to save: the job comes back, and the old rank is refused."""
     callbacks = ("--trainer.callbacks+=callbacks.KeepSaving", "--trainer.callbacks.every_n_steps=2",
