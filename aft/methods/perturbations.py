@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aft.attacks import PGD, Adversarial, Attack, Objective
+from aft.attacks import PGD, Adversarial, Attack, Objective, sample_keys
+from aft.clip.model import at_least_fp32
 from aft.errors import ConfigError
 from aft.methods.distributed import gather_with_gradient
 
-_ODD = -7046029254386353131  # 2**64 / golden ratio as int64
 _LEVELS = 2.0**20  # pixels are told apart to this fraction of their range
 
 
@@ -86,6 +86,7 @@ class PerturbationStore:
         """
         if not isinstance(attack, PGD):
             raise ConfigError(f"warm_start goes with aft.attacks.PGD, not with {type(attack).__name__}; FGSM is a PGD of one step.")
+        images_BCHW = at_least_fp32(images_BCHW)  # as attacks do: 16-bit pixels are coarser than a perturbation
         start_BCHW = self.starts(attack, images_BCHW, index_B, keys_B)
         if not self.settings.free:
             found = attack(objective(), images_BCHW, keys_B, start_BCHW)
@@ -116,7 +117,7 @@ class PerturbationStore:
         if not self.count:
             return fresh_BCHW
         self._go_to(images_BCHW.device)
-        same_BN = (index_B[:, None] == self.index_N) & (_marks(images_BCHW)[:, None] == self.marks_N)
+        same_BN = (index_B[:, None] == self.index_N) & (marks(images_BCHW)[:, None] == self.marks_N)
         newest_B, place_B = torch.where(same_BN, self._numbers(), -1).max(1)
         kept_BCHW = images_BCHW + self.change_NCHW[place_B].to(images_BCHW.dtype)
         return torch.where((newest_B >= 0)[:, None, None, None], kept_BCHW, fresh_BCHW)
@@ -127,7 +128,7 @@ class PerturbationStore:
         Raises:
             ConfigError: the capacity is less than a global batch.
         """
-        rows = [gather_with_gradient(value) for value in (index_B, _marks(images_BCHW), change_BCHW.detach().half())]
+        rows = [gather_with_gradient(value) for value in (index_B, marks(images_BCHW), change_BCHW.detach().half())]
         added, room = len(rows[0]), self.settings.capacity
         if added > room:
             raise ConfigError(f"warm_start.capacity = {room} is less than the {added} images of a step: raise it to {added} or more.")
@@ -158,7 +159,11 @@ class PerturbationStore:
             self.index_N, self.marks_N, self.change_NCHW = state["index"], state["marks"], state["change"]
 
 
-def _marks(images_BCHW: Tensor) -> Tensor:
-    """A number that tells an image's pixels from others', ``int64 [B]``: a weighted sum that wraps at 64 bits, equal on every device."""
-    levels_BP = images_BCHW.detach().mul(_LEVELS).round().long().flatten(1)
-    return (levels_BP * (torch.arange(1, levels_BP.shape[1] + 1, device=levels_BP.device) * _ODD)).sum(1)
+def marks(images_BCHW: Tensor) -> Tensor:
+    """A number that tells an image's pixels from others', ``int64 [B]``, equal on every device.
+
+    ``sum_p w_p level_p`` that wraps at 64 bits, with a hash of the place ``p`` as its weight: with weights that grow evenly, a mirror
+    image, or a shifted one, of the same balance would have the same sum.
+    """
+    levels_BP = at_least_fp32(images_BCHW.detach()).mul(_LEVELS).round().long().flatten(1)
+    return (levels_BP * sample_keys(0, 0, torch.arange(levels_BP.shape[1], device=levels_BP.device))).sum(1)

@@ -13,11 +13,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from aft.attacks import FGSM, PGD, ClassificationObjective, sample_keys
+from aft.attacks import FGSM, PGD, ClassificationObjective, Judged, sample_keys
 from aft.clip import ModelSpec, ZeroShotModel
 from aft.errors import ConfigError, RunError
 from aft.methods import ContrastivePretraining, OptimizerSpec, Phase, TeCoA, WarmStart
-from aft.methods.perturbations import PerturbationStore
+from aft.methods.perturbations import PerturbationStore, marks
 from aft.methods.phases import PLAIN, kept_patches, phase_at
 from datamodules import Sample
 from tests.conftest import Calls, MemoryData, make_trainer
@@ -204,6 +204,36 @@ def test_a_perturbation_belongs_to_the_pixels_it_was_made_for(model: ZeroShotMod
     mirrored = batch.images.flip(3)
     assert torch.equal(store.starts(attack, mirrored, batch.index, keys), attack.start(mirrored, keys))
     assert torch.equal(store.starts(attack, batch.images, batch.index + 100, keys), fresh)
+
+
+def test_a_mirror_image_has_another_mark_also_where_its_brightness_is_balanced_and_in_half_precision() -> None:
+    """A sum weighted by place alone is the same for it: 3 left of the middle weighs what 1 does at the edge. Black and white text is so."""
+    balanced = torch.zeros(1, 3, 4, 4)
+    balanced[:, :, 1] = torch.tensor([0.0, 3.0, 0.0, 1.0]) / 255
+    bright = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) / 2 + 0.4
+    for images in (balanced, bright, bright.half(), bright.bfloat16()):
+        assert int(marks(images)) != int(marks(images.flip(3))) and int(marks(images)) == int(marks(images.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+@pytest.mark.parametrize("free", [False, True])
+def test_the_store_computes_in_fp32_as_attacks_do(dtype: torch.dtype, free: bool, data: MemoryData) -> None:
+    """In the precision of 16-bit pixels a perturbation of 1/255 would be rounded to nothing, or to twice of it."""
+    batch, store = data.batches()[0], PerturbationStore(WarmStart(free=free, capacity=8))
+    images = (batch.images * 0.2 + 0.75).to(dtype)
+    store.put(images, batch.index, torch.full((8, 3, 32, 32), 1 / 255))
+    seen: list[Tensor] = []
+
+    def objective(x: Tensor, rows: Tensor) -> Judged:
+        """Keeps where it is asked."""
+        seen.append(x.detach())
+        return Judged(x.flatten(1).sum(1), None)
+
+    objective.modules = ()  # type: ignore[attr-defined]
+    found = store.attack(PGD2, lambda: objective, images, batch.index, sample_keys(0, 0, batch.index))  # type: ignore[arg-type, return-value]
+    start = found.x_BCHW.detach() if free else seen[0]
+    assert start.dtype == torch.float32
+    torch.testing.assert_close(start - images.float(), torch.full_like(start, 1 / 255), rtol=1e-3, atol=0)
 
 
 def test_the_store_keeps_the_newest(data: MemoryData) -> None:
