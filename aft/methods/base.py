@@ -61,7 +61,8 @@ class AdversarialFineTuning(ClipModule):
         cache_teacher: keep what the teacher says of a clean image instead of asking each time; for data that augment nothing.
 
     Raises:
-        ConfigError: an unknown term or setting, a term whose needs the data or the model cannot meet, or phases that do not fit.
+        ConfigError: an unknown term or setting, a term whose needs the data or the model cannot meet, phases that do not fit, or a warm start of
+            no attack.
     """
 
     default_terms: ClassVar[Mapping[str, Term]] = {}
@@ -106,6 +107,8 @@ class AdversarialFineTuning(ClipModule):
         self.phases = phases or []
         check_order(self.phases)
         self._attacks = {phase.until: attack_in(phase, attack) for phase in self.phases if phase.attack}
+        if warm_start and attack is None:
+            raise ConfigError("warm_start is set, and there is no attack: set model.init_args.attack, or take warm_start out.")
         self.perturbations = PerturbationStore(warm_start) if warm_start else None
 
     def setup(self, stage: str) -> None:

@@ -254,6 +254,12 @@ def test_the_store_keeps_the_newest(data: MemoryData) -> None:
         WarmStart(capacity=0)
 
 
+def test_a_store_without_an_attack_is_refused() -> None:
+    """Free training would silently be clean training."""
+    with pytest.raises(ConfigError, match="warm_start is set, and there is no attack"):
+        ContrastivePretraining(ModelSpec("tiny", "random"), warm_start=FREE)
+
+
 def test_only_pgd_begins_at_given_points(data: MemoryData, tmp_path: Path) -> None:
     """Another attack is named, in training and by the attack itself."""
     with pytest.raises(ConfigError, match="goes with aft.attacks.PGD"):
