@@ -145,9 +145,10 @@ class ShardLoader(TrainLoader):
         self.max_bad_share, self.skipped, self._epoch = max_bad_share, 0, 0
 
     def unpack(self, made: tuple[Batch, list[str]]) -> Batch:
-        """The batch; what was damaged is counted."""
+        """The batch; what was damaged is counted, but not again for a batch in whose replay a resume lies."""
         batch, damaged = made
-        self._count(damaged)
+        if not self.order.played:
+            self._count(damaged)
         return super().unpack(batch)
 
     def _count(self, damaged: list[str]) -> None:

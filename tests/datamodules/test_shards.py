@@ -86,6 +86,16 @@ def test_too_much_damage_stops(make_shards) -> None:
     assert loader.skipped == 3
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_damage_is_counted_once_where_a_resume_lies_inside_a_replay(make_shards) -> None:
+    """The batch is read again then, and its damaged sample is in the checkpoint's count already: two would be too many."""
+    settings = {"train": str(make_shards(replace={"009.png": b""})), "batch_size": 4, "max_bad_share": 0.05, "replay": 2}
+    loader, resumed = (Shards(**settings).train_dataloader() for _ in range(2))
+    drawn = next(drawn for drawn, _ in enumerate(loader, 1) if loader.skipped)
+    resumed.load_state_dict(loader.state_dict())
+    assert drawn % 2 and len(list(resumed)) == 16 - drawn and resumed.skipped == 1
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_truncated_tar_is_counted(make_shards, workers: int) -> None:
     """With verify: none the missing samples are damage; with the default the shard is refused before training."""
