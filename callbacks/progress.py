@@ -29,7 +29,8 @@ class PlainProgress(L.Callback):
         if step == self.last_step:  # another part of an accumulated step
             return
         self.last_step = step
-        if step % trainer.log_every_n_steps == 0 and step:  # type: ignore[attr-defined]
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and step and step % every == 0:
             self._say(
                 trainer,
                 f"step {step}/{trainer.estimated_stepping_batches}{self._left(trainer, step)}",

@@ -38,7 +38,8 @@ class Throughput(L.Callback):
         if trainer.global_step == self.last_step:  # another part of an accumulated step
             return
         self.last_step = trainer.global_step
-        if trainer.global_step % trainer.log_every_n_steps == 0 and self.busy > 0:  # type: ignore[attr-defined]
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0 and self.busy > 0:
             total = self.busy + self.waited
             pl_module.log("speed/images_per_second", self.images / total)
             pl_module.log("speed/data_wait", self.waited / total)

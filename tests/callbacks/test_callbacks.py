@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from aft.attacks import PGD
 from aft.clip import ModelSpec
 from aft.methods import TeCoA
-from callbacks import Farewell, ImageLog, PlainProgress, TerminalProgress, Throughput
+from callbacks import Farewell, ImageLog, PlainProgress, RunLock, TerminalProgress, Throughput
 from tests.conftest import MemoryData, make_trainer
 
 
@@ -53,6 +53,14 @@ def test_stable_names_and_pictures_in_tensorboard(run: tuple[str, EventAccumulat
     assert 0 <= run[1].Scalars("speed/data_wait")[-1].value < 1
     picture = run[1].Images("attack/clean_adversarial_difference")[0]
     assert (picture.height, picture.width) == (3 * (3 * 32 + 4), 5 * (3 * 32 + 4))
+
+
+def test_a_run_that_logs_nothing(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """``log_every_n_steps: 0`` is Lightning's word for that: callbacks that act at log entries leave it alone."""
+    watchers = [PlainProgress(), Throughput(), RunLock(tmp_path)]
+    trainer = make_trainer(tmp_path, max_steps=2, limit_val_batches=0, log_every_n_steps=0, callbacks=watchers)
+    trainer.fit(TeCoA(tiny, attack=PGD(eps="8/255", step_size="4/255", steps=1)), datamodule=data)
+    assert trainer.global_step == 2
 
 
 def test_one_picture_a_step_with_accumulation(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
