@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,10 @@ class Expansion(TextTransform):
         self.register_buffer("mean_D", torch.zeros(width))
         self.register_buffer("gain", torch.zeros(()))
         self.register_buffer("share", torch.tensor(quantile))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """What was written before quantiles were kept has none: the one at hand stays."""
+        super()._load_from_state_dict({f"{prefix}share": self.get_buffer("share"), **state_dict}, prefix, *rest)
 
     @property
     def quantile(self) -> float:
@@ -198,7 +202,6 @@ def stored_transform(name: str, state: Mapping[str, Tensor]) -> TextTransform:
     try:
         if name == "expansion":
             made: TextTransform = Expansion(len(state["mean_D"]))
-            state = {"share": torch.tensor(1.0), **state}  # what was written before quantiles were kept
         elif name == "residual":
             made = Residual(state["down.weight"].shape[1], state["down.weight"].shape[0])
         else:

@@ -102,6 +102,9 @@ def test_a_quantile_is_kept_with_the_checkpoint(recwarn: pytest.WarningsRecorder
     assert torch.equal(loaded(TRAIN), fitted(TRAIN)) and not recwarn.list
     older = {name: value for name, value in fitted.state_dict().items() if name != "share"}
     assert stored_transform("expansion", older).quantile == 1
+    resumed = Expansion(3, 0.5)
+    resumed.load_state_dict(older)  # a run that goes on: with the quantile of its settings
+    assert resumed.quantile == 0.5 and torch.equal(resumed.get_buffer("mean_D"), fitted.get_buffer("mean_D"))
 
 
 def test_what_cannot_be_expanded_is_refused() -> None:
