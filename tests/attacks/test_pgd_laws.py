@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 
-from aft.attacks import FGSM, L1, L2, PGD, ClassificationObjective, Judged, Linf
-from aft.errors import ConfigError
+from aft.attacks import APGD, FGSM, L1, L2, PGD, ClassificationObjective, Judged, Linf
+from aft.errors import ConfigError, InputError
 
 ROWS = torch.arange(12)
 
@@ -204,3 +204,34 @@ def test_wrong_settings_are_named(settings, message):
     """Each setting out of range, or at odds with another, is refused when the attack is made."""
     with pytest.raises(ConfigError, match=message):
         PGD(**{"eps": 0.1, "steps": 1, **settings})
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_a_given_start_is_moved_into_ball_and_box_first(network, batch, objective_of, watch, norm):
+    """The first look is at the nearest point that is allowed; a start that is allowed already is looked at as it is, also by FGSM."""
+    images, labels, keys = batch
+    attack = PGD(eps={"linf": 8 / 255, "l2": 0.5, "l1": 8}[norm], relative_step_size=0.25, steps=1, norm=norm)
+    seen = []
+
+    def objective(x, rows):
+        seen.append(x.detach().clone())
+        return objective_of(network, labels)(x, rows)
+
+    objective.modules = [network]
+    far = images + 2 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    inside = attack.threat.project(images + 1e-4, images)
+    for given, point in [(far, attack.threat.project(far, images)), (inside, inside)]:
+        seen.clear()
+        attack(objective, images, keys, given)
+        assert torch.equal(seen[0], point)
+        FGSM(eps=attack.eps, norm=norm)(objective, images, keys, given)
+        assert torch.equal(seen[1], point)
+
+
+def test_a_start_that_cannot_be_is_named(network, batch, objective_of):
+    """For an attack that chooses its own, and of another shape, which would else be spread over the batch."""
+    images, labels, keys = batch
+    with pytest.raises(ConfigError, match="apgd chooses its own start"):
+        APGD(eps="8/255", steps=2)(objective_of(network, labels), images, keys, images)
+    with pytest.raises(InputError, match="give a point an image"):
+        PGD(eps="8/255", step_size="8/255", steps=1)(objective_of(network, labels), images, keys, images[:1])
