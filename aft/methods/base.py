@@ -309,8 +309,9 @@ class AdversarialFineTuning(ClipModule):
 
     @property
     def eps_trained(self) -> float | None:
-        """The attack's radius; none without one."""
-        eps = getattr(self.attack, "eps", None)
+        """The radius of the attack that the run ends with, which a phase up to its end may change; none without one."""
+        last = self.phases[-1] if self.phases and self.phases[-1].until == 1 else PLAIN
+        eps = getattr(attack_in(last, self.attack), "eps", None)
         return None if eps is None else float(eps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

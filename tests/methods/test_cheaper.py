@@ -111,6 +111,15 @@ def test_a_phase_out_of_range(settings: dict[str, Any], words: str) -> None:
         Phase(**settings)
 
 
+def test_the_record_has_the_radius_that_the_run_ends_with() -> None:
+    """A phase that ends before the run does not count, one that lasts to its end does."""
+    for phase, eps in [
+        (Phase(until=0.9, attack={"eps": "2/255"}), 8 / 255), (Phase(until=1.0, attack={"eps": "2/255"}), 2 / 255),
+        (Phase(until=1.0, attack={"steps": 1}), 8 / 255), (Phase(until=1.0, clean=True), None),
+    ]:  # fmt: skip
+        assert tecoa(phases=[phase]).eps_trained == eps
+
+
 @pytest.mark.parametrize(("settings", "words"), [
     ({"phases": [Phase(until=0.5), Phase(until=0.5)]}, "later than the one before"),
     ({"phases": [Phase(until=0.5, attack={"step": 1})]}, "did you mean 'steps'"),
