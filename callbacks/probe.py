@@ -13,13 +13,15 @@ import lightning as L
 
 from aft.batch import Batch
 from aft.errors import ConfigError, RunError
+from aft.methods import AdversarialFineTuning
 
 
 class Probe(L.Callback):
     """Stops after ``steps`` optimiser steps and writes ``probe.json`` into the run folder.
 
     It holds ``seconds`` (of a step, median; the time waited for data is in it), ``timed`` (steps that is the median of), ``images`` (of a
-    step of this process), ``steps`` (of the whole run on one process) and ``fixed`` (the run's length is given in steps).
+    step of this process), ``steps`` (of the whole run on one process) and ``fixed`` (the run's length is given in steps). A method's
+    ``phases`` are left out: the steps that are timed would all lie in the first one, and its price is not that of the run.
 
     Args:
         steps: optimiser steps to make.
@@ -38,12 +40,14 @@ class Probe(L.Callback):
         self.last_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A run without an end costs nothing that could be told.
+        """Leaves out phases; a run without an end costs nothing that could be told.
 
         Raises:
             RunError: it has none.
         """
         self.last_step = trainer.global_step
+        if isinstance(pl_module, AdversarialFineTuning):
+            pl_module.phases = []
         if not math.isfinite(trainer.estimated_stepping_batches):
             raise RunError("the run has no end, so there is no estimate: set trainer.max_steps or trainer.max_epochs.")
 

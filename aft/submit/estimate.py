@@ -86,5 +86,5 @@ def in_words(found: Probe, resources: Resources, tasks: int) -> str:
         f"probe: {found.seconds:.3g} s a step of {found.images} images (median of {found.timed} steps on one process)\n"
         f"estimate: {hours:.3g} {unit} a task on {processes} processes, {hours / processes:.3g} h; {tasks * hours:.3g} {unit} for {tasks} "
         f"task{'s' * (tasks > 1)}.\n"
-        "Without validation, start and waiting between processes; with them it is more."
+        "Without validation, start and waiting between processes; with them it is more. Every step at full strength: phases are left out."
     )

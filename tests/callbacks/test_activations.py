@@ -12,7 +12,7 @@ import torch
 from aft.attacks import PGD
 from aft.clip import ModelSpec
 from aft.errors import ConfigError
-from aft.methods import OptimizerSpec, TeCoA
+from aft.methods import OptimizerSpec, Phase, TeCoA
 from callbacks import ActivationCheckpointing, Probe
 from tests.conftest import Calls, MemoryData, make_trainer
 from tests.towers import register
@@ -62,3 +62,11 @@ def test_a_probe_ends_early_and_knows_the_whole_run(tiny: ModelSpec, tmp_path: P
     assert told["steps"] == 60 and not told["fixed"]
     with pytest.raises(ConfigError, match="skip at least one"):
         Probe(4, 4)
+
+
+def test_a_probe_times_steps_at_full_strength(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """All of its steps lie in the first phase, whose price is not that of the run: here no attack, in place of one step of it."""
+    method = TeCoA(tiny, attack=PGD(eps="8/255", step_size="4/255", steps=1), phases=[Phase(until=0.9, clean=True)])
+    calls = Calls(method.model.visual)
+    make_trainer(tmp_path, max_steps=100, max_epochs=-1, limit_val_batches=0, callbacks=[Probe(4, 2)]).fit(method, datamodule=data)
+    assert calls.count == 4 * 2
