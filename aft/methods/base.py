@@ -61,8 +61,8 @@ class AdversarialFineTuning(ClipModule):
         cache_teacher: keep what the teacher says of a clean image instead of asking each time; for data that augment nothing.
 
     Raises:
-        ConfigError: an unknown term or setting, a term whose needs the data or the model cannot meet, phases that do not fit, or a warm start of
-            no attack.
+        ConfigError: an unknown term or setting, a term whose needs the data or the model cannot meet, phases that do not fit, or a warm
+            start without an attack.
     """
 
     default_terms: ClassVar[Mapping[str, Term]] = {}
