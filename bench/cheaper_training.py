@@ -18,6 +18,7 @@ import yaml
 
 from aft.cards import write_whole
 from aft.clip.weights import describe
+from aft.errors import unknown_name
 from bench import cheaper_report
 from bench.meter import MARKS
 from bench.runs import HERE, Method, fit
@@ -90,6 +91,10 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="only write the table again, from the rows that are there")
     given = parser.parse_args()
     recipe = yaml.safe_load(RECIPE.read_text())
+    known = [*recipe["rows"], *(f"{cheaper_report.BASELINE}{seed}" for seed in recipe["baseline"]["seeds"])]
+    for name in given.only:
+        if name not in known:
+            parser.error(unknown_name("row", name, known))
     if not given.show:
         target, budget = baseline(recipe)
         print(f"target: {100 * target:.1f} % robust for {budget:.3g} forward-equivalents", flush=True)

@@ -133,3 +133,12 @@ def test_every_plan_spends_what_the_baseline_spends(label: str) -> None:
     phases = cheaper_training.with_ends(row.get("model", {}), plan, steps).get("phases", [])
     assert [round(p["until"] * steps) for p in phases] == [round(p["until"] * plan) for p in row.get("model", {}).get("phases", [])]
     assert steps % recipe["every"] == 0
+
+
+def test_a_row_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is trained, in place of nothing done and nothing said; a baseline's label, which its row names, is known."""
+    monkeypatch.setattr(cheaper_training, "baseline", lambda recipe: pytest.fail("trains"))
+    monkeypatch.setattr("sys.argv", ["cheaper_training", "--only", "tecoa_seed0", "fgsn"])
+    with pytest.raises(SystemExit):
+        cheaper_training.main()
+    assert "did you mean 'fgsm'" in capsys.readouterr().err
