@@ -21,8 +21,8 @@ class CollapseWatch(L.Callback):
     """Every so many steps, on the images of that step: robust accuracy under one large step and under many small ones.
 
     Logged: ``watch/one_step`` and ``watch/multi_step`` (robust accuracy of the training images under FGSM and under PGD, at the radius of
-    training), ``watch/drift`` (one minus the mean cosine of clean embeddings to those at the start of the run) and
-    ``watch/largest_class_share`` (of clean predictions). Warned of, once each, with the step:
+    training), ``watch/drift`` (one minus the mean cosine of clean embeddings to those at the start of the run; after a resume, to those
+    there) and ``watch/largest_class_share`` (of clean predictions). Warned of, once each, with the step:
 
     * **catastrophic overfitting**: the model withstands one step and falls to several, which training with one step alone does not see;
     * **collapse**: nearly all images get one class.
