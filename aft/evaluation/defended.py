@@ -131,7 +131,7 @@ class DefendedJudge:
                 part = shown.only(places_n)
                 points_nCHW = self._against_undefended(move, part)
                 base_n[places_n] &= self._base_right(part, points_nCHW)
-                for name, column in self.candidate(part, points_nCHW).items():
+                for name, column in self._among_all(shown, places_n, points_nCHW).items():
                     columns[name][places_n] = column
             found.append(columns)
             bases.append(base_n)
@@ -159,6 +159,13 @@ class DefendedJudge:
             if points_nCHW is not None:
                 points.append(points_nCHW)
         return self._table(shown, found)
+
+    def _among_all(self, shown: Shown, places_n: Tensor, points_nCHW: Tensor) -> dict[str, Tensor]:
+        """What is noted of candidates at some places; where images see their neighbours the others stay beside them, clean."""
+        if not any(stage.batch_coupled for stage in self.model.stages.declared.values()):
+            return self.candidate(shown.only(places_n), points_nCHW)
+        whole_nCHW = shown.images_nCHW.index_copy(0, places_n, points_nCHW)
+        return {name: column[places_n] for name, column in self.candidate(shown, whole_nCHW).items()}
 
     def _against_undefended(self, move: Informed, part: Shown) -> Tensor:
         """A's points; those that were made for another defence of these weights are taken from there."""
