@@ -1,15 +1,24 @@
-"""How many images go through a model at once: as many as its memory takes. It changes no verdict."""
+"""How many images go through a model at once: as many as its memory takes. It changes no verdict where images do not see their neighbours.
+
+Shapes: n images, C channels, H height, W width.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
+from aft.attacks import sample_keys
+from aft.attacks.adaptive import HOT
 from aft.attacks.guards import naming_out_of_memory
+from aft.attacks.sight import opaque
+from aft.clip.model import ZeroShotModel
+from aft.clip.stages import Gate, Stage, Stages, draws_for, encode_in_stages
 from aft.errors import ConfigError, RunError
-from aft.evaluation.judge import Cell
+from aft.evaluation.judge import Cell, stages_of
 
 #: Images at once on a CPU, whose memory is seldom what ends: its caches are full long before.
 ON_A_CPU = 100
@@ -24,25 +33,58 @@ def images_at_once(asked: int | Literal["auto"], cell: Cell) -> int:
     64 ... images; half of the largest number that fits is taken, since attacks also hold points, gradients and records.
 
     Raises:
-        ConfigError: a number below 1.
+        ConfigError: a number below 1, or ``auto`` for a defence by which an image's result depends on its neighbours.
         RunError: not even 16 images fit.
     """
     if asked != "auto":
         if asked < 1:
             raise ConfigError(f"batch_size = {asked}: give one image or more, or auto.")
         return asked
-    weight = next(cell.model.parameters())
-    if weight.device.type != "cuda":
+    if any(stage.batch_coupled for stage in stages_of(cell.model).declared.values()):
+        raise ConfigError("batch_size = auto: by this defence an image's result depends on its neighbours, so that another machine would "
+                          "find another figure: give a number.")  # fmt: skip
+    if next(cell.model.parameters()).device.type != "cuda":
         return min(ON_A_CPU, len(cell.data))
-    image_CHW = cell.in_space(cell.data.batch([0]).images.to(weight.device))[0]
+    return half_of_what_fits(attack_pass(cell), len(cell.data))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model with all its gates half open: nothing is spared."""
+
+    stages: Stages
+    undefended: ZeroShotModel
+
+
+def attack_pass(cell: Cell) -> Callable[[int], None]:
+    """The dearest pass of an attack on so many images: through the smooth forms of all stages and the tower, to the pixels."""
+    device = next(cell.model.parameters()).device
+    image_CHW = cell.in_space(cell.data.batch([0]).images.to(device))[0]
+    stages = Stages(**{name: _half_open(stage) for name, stage in stages_of(cell.model).declared.items()})
+    model = _Opened(stages, cell.model.undefended)
 
     def run(count: int) -> None:
-        """One pass of an attack on so many images."""
+        """One pass."""
         leaf_nCHW = image_CHW.expand(count, -1, -1, -1).clone().requires_grad_(True)
+        (draw,) = draws_for("attack", sample_keys(0, 0, torch.arange(count)).to(device))
         with torch.enable_grad():
-            torch.autograd.grad(cell.model.encode(leaf_nCHW).precise.embedding_BD.square().sum(), leaf_nCHW)
+            found = encode_in_stages(model, leaf_nCHW, draw, opaque(stages), HOT, hard_forward=True)
+            torch.autograd.grad(found.precise.embedding_BD.square().sum(), leaf_nCHW)
 
-    return half_of_what_fits(run, len(cell.data))
+    return run
+
+
+def _half_open(stage: Stage) -> Stage:
+    """The same with a statistic, and its graph, that is at the threshold whatever the image."""
+    if (asked := stage.gate) is None:
+        return stage
+
+    def gate(*given: Any) -> Gate:
+        """Asked all the same, since its graph takes room."""
+        found = asked(*given)
+        return Gate(0 * found.statistic_n + found.threshold, found.threshold)
+
+    return replace(stage, gate=gate)
 
 
 def half_of_what_fits(run: Callable[[int], None], wanted: int) -> int:

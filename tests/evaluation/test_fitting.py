@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from aft.batch import EvaluationSet
 from aft.clip import ZeroShotModel
+from aft.clip.stages import Gate, Stage
 from aft.errors import ConfigError, RunError
 from aft.evaluation import Cell, fitting, plan
-from aft.evaluation.fitting import half_of_what_fits, images_at_once
+from aft.evaluation.fitting import attack_pass, half_of_what_fits, images_at_once
+from tests.staged import defended, gated_blur, noisy
 
 
 class Memory:
@@ -56,3 +60,29 @@ def test_a_number_holds_and_a_cpu_takes_the_default(model: ZeroShotModel, data: 
     assert images_at_once("auto", cell) == 3
     with pytest.raises(ConfigError, match="batch_size = 0"):
         images_at_once(0, cell)
+
+
+def test_a_pass_is_that_of_an_attack_which_knows_the_defence(model: ZeroShotModel, data: EvaluationSet) -> None:
+    """A random defence gets its draw, and a smooth form is differentiated for all images, whatever their gates say."""
+    smoothed: list[int] = []
+
+    def smooth(x: torch.Tensor, draw: object) -> torch.Tensor:
+        """Notes how many there are."""
+        smoothed.append(len(x))
+        return x * 1
+
+    spared = replace(gated_blur(1e-3), smooth=smooth, gate=lambda x, draw: Gate(x.flatten(1).mean(1) - 2, 1e-3))
+    for stage in (None, noisy(0.02), spared):
+        behind = model if stage is None else defended(model, pixels=stage)
+        cell = Cell(behind, data, plan("oblivious" if stage else "pgd", eps=0.01, steps=1, targets=1, classes=len(data.class_names)))
+        attack_pass(cell)(3)
+    assert smoothed == [3]
+
+
+def test_no_size_is_chosen_for_a_defence_whose_figures_it_changes(model: ZeroShotModel, data: EvaluationSet) -> None:
+    """Two machines would give two figures under one cell."""
+    coupled = Stage(lambda x, draw: x - x.mean(0) + 0.5, batch_coupled=True)
+    cell = Cell(defended(model, pixels=coupled), data, plan("oblivious", eps=0.01, steps=1, targets=1, classes=len(data.class_names)))
+    assert images_at_once(7, cell) == 7
+    with pytest.raises(ConfigError, match="batch_size = auto.*depends on its neighbours"):
+        images_at_once("auto", cell)
