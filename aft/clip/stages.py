@@ -266,13 +266,14 @@ def as_attacked(
 
 
 def _softly(stage: Stage, gate: Gate | None, temperature: float, value: Tensor, beside: tuple[Any, ...]) -> Tensor:
-    """``w smooth + (1 - w) otherwise``. Where ``w`` and its slope ``w / (T |t|)`` vanish beside 1 the smooth form is not run."""
+    """``w smooth + (1 - w) otherwise``; the smooth form is not run where ``w`` and its slope ``w / (T |t|)`` vanish beside 1, unless
+    ``otherwise`` has no slope there beside which they could."""
     smooth = stage.smooth or stage.run
     if gate is None:
         return smooth(value, *beside)
     softness = temperature * (abs(gate.threshold) or 1.0)
     weight_n, left = torch.sigmoid((gate.statistic_n - gate.threshold) / softness), shut(stage, value, *beside)
-    wanted_n = 1 - weight_n.detach() / min(softness, 1.0) < 1
+    wanted_n = (1 - weight_n.detach() / min(softness, 1.0) < 1) | ~_moves(left, value)
 
     def mixed(value: Tensor, weight_n: Tensor, left: Tensor, *beside: Any) -> Tensor:
         """Of some images."""
@@ -281,6 +282,15 @@ def _softly(stage: Stage, gate: Gate | None, temperature: float, value: Tensor, 
 
     together = stage.batch_coupled or in_a_graph()
     return _on_rows(mixed, torch.ones_like(wanted_n) if together else wanted_n, left, value, (weight_n, left, *beside))
+
+
+def _moves(left: Tensor, value: Tensor) -> Tensor:
+    """Whether what is done where a gate is shut moves with the image, bool ``[n]``; where nobody differentiates it makes no difference."""
+    yes_n = torch.ones(len(value), dtype=torch.bool, device=value.device)
+    if left is value or not (torch.is_grad_enabled() and value.requires_grad):
+        return yes_n
+    slope = torch.autograd.grad(left.sum(), value, retain_graph=True, allow_unused=True)[0] if left.requires_grad else None
+    return ~yes_n if slope is None else slope.flatten(1).any(1)
 
 
 def _gate_of(stage: Stage, value: Tensor, beside: tuple[Any, ...]) -> Gate:

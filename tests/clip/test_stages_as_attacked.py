@@ -125,3 +125,14 @@ def test_what_is_its_own_smooth_form_runs_once(images):
     gate = Stage(SIGN.run, gate=lambda x, draw: asked.append(1) or statistic(x), smooth=SIGN.smooth)
     encode_in_stages(Around(Stages(gate), LinearTower()), images, gate_temperature=0.1, hard_forward=True)
     assert len(asked) == 1, "its gate neither"
+
+
+@pytest.mark.parametrize("shut", [lambda x, draw: (4 * x).round() / 4, lambda x, draw: x.detach() / 2], ids=["rounds", "detached"])
+def test_a_soft_gate_spares_no_image_whose_only_slope_is_the_soft_one(images, shut):
+    """Attacks scale each image's gradient, so that a tiny one has a direction: where the other branch has no slope nothing is left out."""
+    stage = replace(SIGN, otherwise=shut)
+    given = encode_in_stages(Around(Stages(stage), LinearTower()), images, gate_temperature=0.004).embedding_BD
+    weight = torch.sigmoid((images[:, 0, 0, 0] - 0.5) / (0.004 * 0.5)).view(-1, 1, 1, 1)
+    mixed = LinearTower().encode(weight * SIGN.smooth(images, None) + (1 - weight) * shut(images, None)).embedding_BD
+    ours, expected = (slope(value, images).flatten(1) for value in (given, mixed))
+    assert (expected.abs().amax(1) > 0).all() and torch.allclose(ours, expected, rtol=1e-12, atol=0)
