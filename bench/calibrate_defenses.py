@@ -199,10 +199,12 @@ def attacked(
         """One candidate, measured or taken from the file."""
         told = {"settings": dict(settings)} if settings is not None else {}
         how = {key: given[key] for key in ("eps", "steps", "draws")}
-        key = digest([model.record.sha256, seen.keys_n.tolist(), name, dict(full), how])[:16]
+        way = defend(model, name, **full) if name != "undefended" else model
+        shown = [seen.keys_n.tolist(), seen.labels_n.tolist(), list(seen.names), list(seen.templates)]
+        key = digest([model.record.sha256, shown, name, way.defense, how])[:16]
         before = {} if kept is None or not kept.exists() else json.loads(kept.read_text())
         if key not in before:
-            before[key] = measured(defend(model, name, **full) if name != "undefended" else model, seen, given, attack)
+            before[key] = measured(way, seen, given, attack)
             if kept is not None:
                 write_whole(kept, json.dumps(before).encode())
             print(name, dict(full), {kind: before[key][kind]["percent"] for kind in ("clean", "robust")}, flush=True)

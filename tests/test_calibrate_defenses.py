@@ -112,6 +112,26 @@ def test_a_candidate_that_is_done_is_not_measured_again(model, seen, tmp_path):
     assert len(calls) == 5
 
 
+def test_a_candidate_is_what_its_defence_says_that_it_is(model, seen, tmp_path, monkeypatch):
+    """Also by what no setting of the recipe names, such as the prior that ships; other class texts are another candidate, too."""
+    given = {"candidates": {"low_pass": [{}]}, "eps": "8/255", "steps": 2, "draws": 1}
+    kept, calls = tmp_path / "kept.json", []
+
+    def attack(*args, **settings):
+        """Counts."""
+        calls.append(1)
+        return upwards(*args, **settings)
+
+    bench.attacked(model, seen, given, {}, attack, kept)
+    assert len(calls) == 2
+    monkeypatch.setattr(bench, "defend", lambda model, name, **settings: defend(model, name, sigma=2.0))
+    bench.attacked(model, seen, given, {}, attack, kept)
+    assert len(calls) == 3, "the same words of the recipe, another defence"
+    seen.names = ("one", "two", "three")
+    bench.attacked(model, seen, given, {}, attack, kept)
+    assert len(calls) == 5
+
+
 @pytest.mark.parametrize("name", [None, "noise", "low_pass", "ttc", "clipure_cos_closed"])
 def test_the_attack_goes_through_the_stages(model, seen, name):
     """BPDA with the mean over draws breaks more than random noise of the same size does, in the ball, also of random defences."""
