@@ -11,7 +11,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +226,8 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def read_arrays(path: Path) -> Verdicts:
-    """Reads a ``.npz`` of plain arrays; never runs code.
+def read_arrays(path: Path, only: Collection[str] | None = None) -> Verdicts:
+    """Reads a ``.npz`` of plain arrays, or those of some names; never runs code.
 
     Raises:
         DataError: the file is damaged.
@@ -235,7 +235,7 @@ def read_arrays(path: Path) -> Verdicts:
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return {name: arrays[name] for name in arrays.files if only is None or name in only}
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile, zlib and numpy each have their own

@@ -51,7 +51,7 @@ class Transferred:
             make: points for the places (int64) among ``rows`` that are not kept.
         """
         name = transfer_id(cell, planned)
-        known = self._kept(name)
+        known = self._kept(name, rows)
         places = torch.tensor([place for place, row in enumerate(rows) if row not in known], dtype=torch.long)
         if len(places):
             made_nCHW = make(places)
@@ -62,10 +62,15 @@ class Transferred:
             known |= dict(zip(added.tolist(), made_nCHW.cpu(), strict=True))
         return torch.stack([torch.as_tensor(known[row]) for row in rows])
 
-    def _kept(self, name: str) -> dict[int, Tensor]:
-        """Every point of one attack, by its row."""
+    def _kept(self, name: str, rows: Sequence[int]) -> dict[int, Tensor]:
+        """The points of one attack that are there, by their row, of these rows."""
         found: dict[int, Tensor] = {}
+        wanted = set(rows)
         for path in [] if self.folder is None else sorted((self.folder / name).glob("part-*.npz")):
-            table = cards.read_arrays(path)
-            found |= dict(zip(table["row"].tolist(), torch.from_numpy(table["points"]), strict=True))
+            try:
+                held = cards.read_arrays(path, ["row"])["row"].tolist()
+                points = cards.read_arrays(path, ["points"])["points"] if not wanted.isdisjoint(held) else []
+            except FileNotFoundError:  # deleted since
+                continue
+            found |= {row: torch.from_numpy(point) for row, point in zip(held, points, strict=False) if row in wanted}
         return found

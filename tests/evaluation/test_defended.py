@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from aft import cards
 from aft.attacks import APGD
@@ -19,7 +21,7 @@ from aft.evaluation.defended_report import robust_n
 from aft.evaluation.judge import Survivors
 from aft.evaluation.pages.tables import number_of
 from aft.evaluation.runner import card_path
-from aft.evaluation.transfer import transfer_id
+from aft.evaluation.transfer import Transferred, transfer_id
 from tests.staged import Made, blurred, defended, gated_blur, grey_levels, noisy
 
 EPS = 0.008
@@ -313,3 +315,25 @@ def test_the_points_of_a_are_made_once_for_all_defences_of_a_model(model, data, 
               cell_for(defended(model, "blur", pixels=blur), data, "oblivious", eps=0.01),
               cell_for(defended(model, "blur", pixels=blur), data, "oblivious", n=30)]  # fmt: skip
     assert len(ids | {transfer_id(cell, move) for cell in others for move in cell.moves}) == 2 * (1 + len(others))
+
+
+def test_of_the_kept_points_only_those_that_are_asked_for_are_read(model, data, tmp_path, monkeypatch):
+    """A set may be larger than memory; and a file that somebody deletes is made again."""
+    cell = cell_for(defended(model, "blur", pixels=blurred()), data, "oblivious")
+    made, read = [], []
+
+    def make(places):
+        """One number an image."""
+        made.append(len(places))
+        return torch.full((len(places), 3, 6, 6), float(len(made)))
+
+    kept = Transferred(tmp_path)
+    for rows in ([0, 1], [2, 3], [4, 5]):
+        kept.of(cell, cell.moves[0], rows, make)
+    arrays = cards.read_arrays
+    monkeypatch.setattr(cards, "read_arrays", lambda *given: read.append(found := arrays(*given)) or found)
+    assert kept.of(cell, cell.moves[0], [3, 4], make)[:, 0, 0, 0].tolist() == [2, 3] and made == [2, 2, 2]
+    assert sum("points" in one for one in read) == 2, "two of three files"
+    paths = sorted(next(tmp_path.iterdir()).iterdir())
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [*paths, self / "part-gone.npz"])
+    assert kept.of(cell, cell.moves[0], [0], make)[:, 0, 0, 0].tolist() == [1]
