@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aft import cards
+from aft.errors import DataError
 from aft.evaluation.report import VERDICT_ORDER
 
 #: A protocol (clean, pgd, apgd) and a radius in grey levels (0 for clean), and what is measured there: accuracy in points.
@@ -108,13 +109,19 @@ def runs_of(results: Path) -> dict[str, Any]:
     return {path.stem: json.loads(path.read_text()) for path in sorted((results / "rows").glob("*.json"))}
 
 
-def measured(results: Path, label: str, data: str) -> tuple[Figures, str]:
-    """What the cards of one run say of one data set, and the worst of their verdicts."""
+def measured(results: Path, label: str, data: str, n: int) -> tuple[Figures, str]:
+    """What the cards of one run say of ``n`` images of one data set, and the worst of their verdicts.
+
+    Raises:
+        DataError: a card is of another number of images.
+    """
     found: Figures = {}
     verdicts = []
     for path in sorted((results / "cards" / label).glob("*.json")):
         card = cards.read(path)
         if card["data"]["name"] == data:
+            if card["data"]["n"] != n:
+                raise DataError(f"{path}: n = {card['data']['n']} images, and the table is of {n}: take the card out, or measure it again.")
             threat, robust = card["threat"], card["robust_accuracy"]
             where = ("clean", 0.0) if threat is None else (card["protocol"]["name"], round(255 * threat["eps"], 2))
             found[where] = 100 * (card["clean_accuracy"] if threat is None else robust)
@@ -129,7 +136,7 @@ def tables(recipe: Mapping[str, Any], results: Path) -> list[Table]:
         by_method: dict[str, list[tuple[Figures, str]]] = {}
         for label, told in runs_of(results).items():
             if "operations" not in told:  # those were trained another way: see `pretraining`
-                by_method.setdefault(label.rpartition("_seed")[0], []).append(measured(results, label, data))
+                by_method.setdefault(label.rpartition("_seed")[0], []).append(measured(results, label, data, recipe["evaluate"]["n"]))
         if BASELINE not in by_method:
             continue
         whole = by_method[BASELINE][0][0].keys()
@@ -162,8 +169,8 @@ def against(table: Table, row: Row) -> str:
         lost = " and ".join(map(place_text, below))
         return f"`{row.name}` is above TeCoA by {points(above)}; for {lost} it does not help here: below by {points(below)}."
     if above:
-        return f"`{row.name}` is above TeCoA by {points(above)}, and nowhere below."
-    return f"`{row.name}` does not help here: below TeCoA by {points(below)}, and nowhere above." if below else ""
+        return f"`{row.name}` is above TeCoA by {points(above)}, and nowhere told apart below."
+    return f"`{row.name}` does not help here: below TeCoA by {points(below)}, and nowhere told apart above." if below else ""
 
 
 def sentences(table: Table) -> list[str]:
@@ -206,7 +213,7 @@ def pretraining(results: Path, runs: Mapping[str, Any], n: int) -> list[str]:
     labels = [label for label, told in runs.items() if "operations" in told]
     lines = []
     for data in NAMES:
-        found = {label: measured(results, label, data) for label in labels}
+        found = {label: measured(results, label, data, n) for label in labels}
         places = sorted({where for figures, _ in found.values() for where in figures if where[0] != "pgd"}, key=lambda where: where[1])
         rows = []
         for label, (figures, verdict) in found.items():

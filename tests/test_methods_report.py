@@ -7,16 +7,18 @@ from typing import Any
 import pytest
 import yaml
 
+from aft.errors import DataError
 from bench import methods_report, methods_table
 
 RECIPE = yaml.safe_load(methods_table.RECIPE.read_text())
 ANY_CARD = next(Path("results/cards/tecoa_mini").rglob("*apgd*.json"))
 
 
-def put(folder: Path, protocol: str, eps: float | None, accuracy: float) -> None:
-    """One card, made from a real one."""
+def put(folder: Path, protocol: str, eps: float | None, accuracy: float, **changed: Any) -> None:
+    """One card, made from a real one; ``changed`` are facts of its data."""
     card: dict[str, Any] = json.loads(ANY_CARD.read_text())
-    card["data"]["name"], card["protocol"]["name"] = "cifar10", protocol
+    card["data"] |= {"name": "cifar10", "n": RECIPE["evaluate"]["n"], **changed}
+    card["protocol"]["name"] = protocol
     card["threat"] = None if eps is None else {**card["threat"], "eps": eps / 255}
     card["clean_accuracy" if eps is None else "robust_accuracy"] = accuracy
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,8 +77,8 @@ def test_sentences_follow_from_the_figures(results: Path) -> None:
     assert told(results) == [
         "Standard deviation of TeCoA over 3 seeds, in points: 1.0 (clean), 1.0 (2/255).",
         "`far` is above TeCoA by 3.0 points (2/255); for clean it does not help here: below by 5.0 points (clean).",
-        "`high` is above TeCoA by 4.0 points (2/255), and nowhere below.",
-        "`low` does not help here: below TeCoA by 3.0 points (clean), and nowhere above.",
+        "`high` is above TeCoA by 4.0 points (2/255), and nowhere told apart below.",
+        "`low` does not help here: below TeCoA by 3.0 points (clean), and nowhere told apart above.",
         "Not told apart from TeCoA (less than twice that): `near`.",
         "PGD is more than 3 points above APGD, so that PGD alone would flatter: `far` (4.0 at 2/255).",
     ]
@@ -95,6 +97,13 @@ def test_a_row_that_is_not_whole_is_not_in_the_table(results: Path) -> None:
     (results / "rows" / "near_seed0.json").unlink()
     next((results / "cards" / "far_seed0").glob("pgd*")).unlink()
     assert [row.name for table in methods_report.tables(RECIPE, results) for row in table.rows] == ["tecoa"]
+
+
+def test_cards_of_another_number_of_images_are_refused(results: Path) -> None:
+    """Errors and the head of the page are for the recipe's n; a try-out of ten images in the folder is not a row."""
+    put(results / "cards" / "near_seed0", "apgd", 2, 0.4, n=10)
+    with pytest.raises(DataError, match=r"apgd-2\.json: n = 10 images, and the table is of 500"):
+        methods_report.page(RECIPE, results)
 
 
 def test_the_worst_verdict_of_a_row_stands_in_it(results: Path) -> None:
