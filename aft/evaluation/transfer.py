@@ -69,8 +69,10 @@ class Transferred:
         for path in [] if self.folder is None else sorted((self.folder / name).glob("part-*.npz")):
             try:
                 held = cards.read_arrays(path, ["row"])["row"].tolist()
-                points = cards.read_arrays(path, ["points"])["points"] if not wanted.isdisjoint(held) else []
+                if wanted.isdisjoint(held):
+                    continue
+                points = torch.from_numpy(cards.read_arrays(path, ["points"])["points"])
             except FileNotFoundError:  # deleted since
                 continue
-            found |= {row: torch.from_numpy(point) for row, point in zip(held, points, strict=False) if row in wanted}
+            found |= {row: point for row, point in zip(held, points, strict=True) if row in wanted}
         return found
