@@ -41,6 +41,8 @@ class FirstStep(L.Callback):
         self.file, self.stamps = Path(file), {"imported": IMPORTED}
         self.waits: list[float] = []
         self.steps: list[float] = []
+        self.ended: float | None = None
+        self.waited: float | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Everything is built; the datamodule's setup comes next."""
@@ -58,13 +60,14 @@ class FirstStep(L.Callback):
         """A batch is there; what was waited for it, but for the first one of an epoch."""
         self.began = time.time()
         self.stamps.setdefault("first_batch", self.began)
-        if self.steps and batch_idx:
-            self.waits.append(self.began - self.ended)
+        self.waited = None if self.ended is None or not batch_idx else self.began - self.ended
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """A step is done."""
+        """A step is done; it is kept beside its wait."""
         self.ended = time.time()
-        self.steps.append(self.ended - self.began)
+        if self.waited is not None:
+            self.waits.append(self.waited)
+            self.steps.append(self.ended - self.began)
         self.stamps.setdefault("first_step", self.ended)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -117,6 +120,5 @@ def data_wait(effort: Effort) -> Found:
     """Waiting for batches over waiting and working, step by step, on the embedded sample with crops and mirror images."""
     with tempfile.TemporaryDirectory() as folder:
         told = run(6 if effort.quick else 40, Path(folder))
-    steps = told["steps"][-len(told["waits"]):]
-    shares = [wait / (wait + step) for wait, step in zip(told["waits"], steps, strict=True)]
-    return Found(shares, {"wait": told["waits"], "step": steps}, {"recipe": "configs/quickstart.yaml"})
+    shares = [wait / (wait + step) for wait, step in zip(told["waits"], told["steps"], strict=True)]
+    return Found(shares, {"wait": told["waits"], "step": told["steps"]}, {"recipe": "configs/quickstart.yaml"})

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aft.clip import cost, load_model
 from aft.errors import ConfigError, DataError
 from bench.speed import __main__ as command
-from bench.speed import counts, record
+from bench.speed import counts, record, startup
 from bench.speed.row import Effort, Found, NotHere, Row, Target, middle_half
 from bench.speed.rows import ROWS
 from bench.speed.setting import MadeUp, SideBySide, tiny, trainer
@@ -146,3 +146,18 @@ def test_the_page_says_what_was_measured() -> None:
         pytest.skip("results/bench.json is not there: run make bench")
     assert command.with_table(page, record.page(record.read(command.OUT))) == page
     assert not json.loads(command.OUT.read_text())["quick"]
+
+
+def test_a_wait_stands_beside_the_step_that_it_came_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one of an epoch is not counted, and moves no other: two epochs of two steps, each step ten times as long as the last."""
+    now = 0.0
+    monkeypatch.setattr(startup.time, "time", lambda: now)
+    watch, file = startup.FirstStep(str(tmp_path / "stamps.json")), tmp_path / "stamps.json"
+    for batch_idx, wait, step in ((0, 5.0, 1.0), (1, 0.5, 10.0), (0, 7.0, 100.0), (1, 0.25, 1000.0)):
+        now += wait
+        watch.on_train_batch_start(None, None, None, batch_idx)  # type: ignore[arg-type]
+        now += step
+        watch.on_train_batch_end(None, None, None, None, batch_idx)  # type: ignore[arg-type]
+    watch.on_train_end(None, None)  # type: ignore[arg-type]
+    told = json.loads(file.read_text())
+    assert list(zip(told["waits"], told["steps"], strict=True)) == [(0.5, 10.0), (0.25, 1000.0)]
