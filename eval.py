@@ -138,7 +138,8 @@ class Measurement:
         if cards := share.to_show():
             self.finish(cards)
         else:
-            share.say("its share is done; the table comes from the rank that ends last (if one was stopped: the same command goes on).")
+            share.say("its share is done; the table comes from the rank that ends last (if one was stopped, or a protocol for defences "
+                      "still has its second round before it: the same command goes on).")
         return cards
 
     def place(self) -> Place:

@@ -59,6 +59,19 @@ def test_defences_are_crossed_with_weights_and_shown_side_by_side(tmp_path, caps
     assert robust_n(made[1][1]) == told["adaptive"]["n"]
 
 
+def test_processes_that_share_a_defence_are_told_of_its_second_round(tmp_path, monkeypatch, capsys, quick):
+    """It begins when all of the first is there: nobody shows a table the first time, though nobody was stopped."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made, said = [], []
+    for rank in ("0", "1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        words = [*WORDS, "--eps", "[0.001/255]", "--defense", "low_pass", "--protocols", "[adaptive_small]", "--out", str(tmp_path)]
+        made.append(command.main(words))
+        said.append(capsys.readouterr().out)
+    assert [len(cards) for cards in made] == [0, 0, 1]
+    assert all("still has its second round before it: the same command goes on" in text for text in said[:2])
+
+
 @pytest.mark.filterwarnings("ignore:clipure_cos_release")
 def test_every_kind_of_defence_goes_through_the_small_protocol(tmp_path, quick):
     """Those that climb, draw, gate and couple: each card is whole, and the released CLIPure's is suspect for its batch."""
