@@ -25,6 +25,7 @@ from aft.evaluation.judge import Cell, Cost, scoring
 from aft.evaluation.place import Place
 from aft.evaluation.runner import Parts, card_path, finished
 from aft.evaluation.sanity import MADE, sane
+from aft.evaluation.verdict import FEWEST_IMAGES
 
 #: Folder beside parts and cards of A's points, which all defences of a model share; it can be deleted, and costs their time again.
 KEPT = "transfer"
@@ -57,17 +58,20 @@ def evaluate(
     card = finished(path, cell) or _measured(cell, path, folder, out / KEPT, batch_size, place or Place(), command, log)
     checks = int(more.get("checks", 0))
     if card is not None and card["metrics"]["checks"]["images"] < checks and card["metrics"]["defended"]["pilot"]["ways"]:
-        card = doubted(cell, card, cards.read_arrays(path.with_suffix(".npz")), checks)
-        cards.write(path, card)
+        verdicts = cards.read_arrays(path.with_suffix(".npz"))
+        right = min(checks, int(verdicts["clean"].sum()))
+        if right >= FEWEST_IMAGES and card["metrics"]["checks"]["images"] < right:
+            card = doubted(cell, card, verdicts, right)
+            cards.write(path, card)
     return card
 
 
 def doubted(cell: Cell, card: Card, verdicts: Verdicts, images: int) -> Card:
-    """The card after the dear checks on the first ``images`` that are right when clean; ``reliable`` where all hold."""
+    """The card after the dear checks on the first ``images`` that are right when clean (so many there are); ``reliable`` where all hold."""
     rows = [int(row) for row in verdicts["row"][verdicts["clean"]]][:images]
     with scoring(cell.model):
         judge = DefendedJudge(cell)
-        found = sane(judge, rows, verdicts, Pilot.of(card["metrics"]["defended"]["pilot"])) if rows else {}
+        found = sane(judge, rows, verdicts, Pilot.of(card["metrics"]["defended"]["pilot"]))
     before = {name: text for name, text in card["metrics"]["checks"]["failed"].items() if name not in found}
     failed = {**before, **found}
     checks = {"images": images, "made": [*dict.fromkeys([*CHECKS, *MADE])], "failed": failed}

@@ -13,7 +13,7 @@ from aft import cards
 from aft.attacks import APGD
 from aft.clip.stages import DRAWS_A_PURPOSE, Stage, Stages
 from aft.errors import ConfigError
-from aft.evaluation import Cell, Place, evaluate, first, plan
+from aft.evaluation import Cell, Place, evaluate, first, plan, rounds
 from aft.evaluation.adaptive import WEIGHTS
 from aft.evaluation.defended import DefendedJudge
 from aft.evaluation.defended_card import gain, rows_decided, words
@@ -261,6 +261,21 @@ def test_the_dear_checks_make_a_figure_reliable_or_say_why_not(model, data, tmp_
     moves = tuple(move for move in cell.protocol.attacks if move.way == "through")
     card = evaluate(replace(cell, protocol=replace(cell.protocol, attacks=moves)), tmp_path / "b", checks=20)
     assert {"E10", "E21"} <= set(card["metrics"]["checks"]["failed"])
+
+
+def test_a_card_says_on_how_many_images_the_dear_checks_were_made(model, data, tmp_path, monkeypatch):
+    """Those that are right, not those that were asked for; below four the checks cannot fail, and make nothing reliable."""
+    def card_of(n):
+        """Checked on a hundred, if there were as many."""
+        cell = cell_for(defended(model, pixels=Stage(lambda x, draw: 0.9 * x + 0.05)), data, n=n, eps=0.02)
+        return cell, evaluate(cell, tmp_path, checks=100), int(verdicts_of(cell, tmp_path)["clean"].sum())
+
+    cell, card, right = card_of(12)
+    assert card["metrics"]["checks"]["images"] == right > 3 and card["verdict"]["status"] != "unchecked"
+    monkeypatch.setattr(rounds, "sane", lambda *given: pytest.fail("all there are were looked at"))
+    assert evaluate(cell, tmp_path, checks=200) == card
+    _, card, right = card_of(3)
+    assert 0 < right < 4 and card["metrics"]["checks"]["images"] == 0 and card["verdict"]["status"] == "unchecked"
 
 
 def test_a_batch_coupled_stage_makes_a_card_suspect(model, data, tmp_path):
