@@ -35,13 +35,26 @@ def joined(*histories: Iterable[Mapping[str, str | None]]) -> tuple[DataUse, ...
 
 
 def data_in(recipe: Mapping[str, str], before: tuple[DataUse, ...]) -> tuple[DataUse, ...]:
-    """What a weights file's metadata say; of a fine-tuning that does not say it, what is known of the weights before it.
+    """What a weights file's metadata say; of a fine-tuning that does not say it readably, what is known of the weights before it.
 
     Args:
         recipe: :func:`aft.clip.files.recipe_in`.
         before: of the weights that it was fine-tuned from.
     """
     if "data" in recipe:
-        told: list[dict[str, Any]] = json.loads(recipe["data"])
-        return joined(told)
+        told = _history(recipe["data"])
+        return joined(before, (UNSAID,)) if told is None else joined(told)
     return joined(before, (UNSAID,)) if before and recipe.get("method", "none") != "none" else ()
+
+
+def _history(words: str) -> list[DataUse] | None:
+    """The list that the words say; none where they say something else."""
+    try:
+        told: Any = json.loads(words)
+    except ValueError:
+        return None
+    whole = isinstance(told, list) and all(
+        isinstance(use, dict) and use.keys() == UNSAID.keys() and all(text is None or isinstance(text, str) for text in use.values())
+        for use in told
+    )
+    return told if whole else None
