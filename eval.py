@@ -124,14 +124,19 @@ class Measurement:
         models = crossed(self.loaded(), self.protocols, self.defense, self.defenses)
         for label, model in models:
             others = [other for _, other in models if other is not model]
-            larger: dict[tuple[str, str, str], Survivors] = {}
+            larger, late = dict[tuple[str, str, str], Survivors](), set[tuple[str, str, str]]()
             for subset, protocol in work:
                 key = (subset.name, subset.label_space, protocol.name)
+                if key in late:
+                    share.later()
+                    continue
                 before = larger.get(key)
                 cell = cell_under(protocol, model.to(device), subset, self.asked, self.seed, before)
                 made = self.measure(label, cell, share, command, others)
                 if self.largest_first and made and protocol.attacks:
                     larger[key] = survivors_of(made[0][1], card_path(self.out, label, cell))
+                elif self.largest_first and protocol.attacks:
+                    late.add(key)
             model.cpu()
         if share.place.rank == 0:
             write_whole(self.out / "config.yaml", effective.encode())
@@ -139,7 +144,7 @@ class Measurement:
             self.finish(cards)
         else:
             share.say("its share is done; the table comes from the rank that ends last (if one was stopped, or a protocol for defences "
-                      "still has its second round before it: the same command goes on).")
+                      "still has its second round before it, or largest_first its smaller radii: the same command goes on).")
         return cards
 
     def place(self) -> Place:

@@ -21,7 +21,7 @@ class Share:
     def __init__(self, out: Path, place: Place) -> None:
         self.out, self.place = out, place
         self.cells: list[tuple[str, Cell, Path]] = []
-        self.worked = False
+        self.worked = self.waits = False
 
     def say(self, text: str) -> None:
         """Prints a line, with the rank before it where there are several: their lines may come to one screen."""
@@ -33,12 +33,16 @@ class Share:
         self.worked |= finished(path, cell) is None
         self.cells.append((label, cell, path))
 
+    def later(self) -> None:
+        """Notes that a cell cannot be named yet: what it takes over from a larger radius is still under way."""
+        self.waits = True
+
     def to_show(self) -> list[Labelled]:
         """All cards where this process shows them: the one that ends last, or rank 0 where nothing was left to do; none on the others.
 
         (Two that end at the same moment both show them.)
         """
-        if self.place.rank and not self.worked:
+        if self.waits or (self.place.rank and not self.worked):
             return []
         found = [(label, finished(path, cell)) for label, cell, path in self.cells]
         cards = [(label, card) for label, card in found if card is not None]

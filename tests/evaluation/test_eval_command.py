@@ -105,6 +105,19 @@ def test_ranks_share_the_work_and_the_last_shows_the_table(tmp_path, monkeypatch
     assert "rank 0: its share is done; the table comes from the rank that ends last" in said[0] and "rank 1: m, sample all, pgd" in said[1]
 
 
+def test_ranks_measure_one_cell_at_a_smaller_radius(tmp_path, monkeypatch, capsys):
+    """It takes survivors over from the larger one, and begins when that is whole: else each rank would measure half of a cell of its own."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made = []
+    for rank in ("0", "1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        made.append(run(tmp_path, "--protocols", "[pgd]", "--eps", "[0.001/255, 0.002/255]", "--largest_first", "true"))
+        parts = [path.name for path in (tmp_path / "parts").glob("*") if any(path.iterdir())]
+        assert len(parts) == (rank == "0" and len(made) == 1) + (rank == "1"), parts
+    assert [len(cards) for cards in made] == [0, 0, 2]
+    assert "largest_first its smaller radii: the same command goes on" in capsys.readouterr().out
+
+
 def test_rank_0_that_ends_last_shows_the_cards_of_the_others(tmp_path, monkeypatch, capsys):
     """A cell that another rank finished is in its table, too."""
     monkeypatch.setenv("WORLD_SIZE", "2")
