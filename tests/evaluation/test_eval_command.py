@@ -106,7 +106,7 @@ def test_ranks_share_the_work_and_the_last_shows_the_table(tmp_path, monkeypatch
 
 
 def test_ranks_measure_one_cell_at_a_smaller_radius(tmp_path, monkeypatch, capsys):
-    """It takes survivors over from the larger one, and begins when that is whole: else each rank would measure half of a cell of its own."""
+    """It takes survivors over from the larger one, and begins when that is whole: else each rank measures half of a cell of its own."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     made = []
     for rank in ("0", "1", "0"):
