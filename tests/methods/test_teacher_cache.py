@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aft.clip import ModelSpec
 from aft.errors import ConfigError
+from aft.methods import OptimizerSpec
 from aft.methods.teacher_cache import TeacherCache
 from tests.conftest import Calls, MemoryData, make_trainer
 from tests.methods.recipes import build
@@ -19,7 +20,7 @@ def trained(name: str, tiny: ModelSpec, folder: Path, augment: str = "none", **s
     """Two epochs of three steps: how often the teacher ran, and the weights."""
     data = MemoryData()
     data.augment = augment  # type: ignore[attr-defined]
-    method = build(name, tiny, **settings)
+    method = build(name, tiny, optimizer=OptimizerSpec(name="sgd", lr=1e-3, schedule="constant"), **settings)  # no step is skipped
     counted, begin = list[Calls](), method.on_fit_start
 
     def watched() -> None:
@@ -37,7 +38,7 @@ def test_the_second_epoch_asks_nothing_and_learns_the_same(name: str, tiny: Mode
     often, expected = trained(name, tiny, tmp_path)
     once, found = trained(name, tiny, tmp_path, cache_teacher=True)
     assert (often, once) == (6, 3)
-    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    assert all(value.isfinite().all() and torch.equal(value, expected[key]) for key, value in found.items())
 
 
 def test_only_new_images_are_encoded() -> None:
