@@ -94,12 +94,17 @@ def measure(recipe: dict[str, Any], label: str, weights: Path) -> None:
     models.write_text(yaml.safe_dump({"models": {label: {"name": "miniclip32", "pretrained": str(weights)}}}))
     eps = "[" + ", ".join(given["eps"]) + "]"
     for data in DATA.values():
-        run("eval.py", "-c", "configs/eval/apgd.yaml", "-c", data, "-c", str(models), "--protocols", "[clean, pgd, apgd]", "--eps", eps,
-            "--n", str(given["n"]), "--steps", str(given["steps"]), "--targets", str(given["targets"]), "--largest_first", "true",
-            "--out", str(out), log=RUNS / f"{label}.txt")  # fmt: skip
+        run("eval.py", "-c", "configs/eval/apgd.yaml", "-c", data, "-c", of_this_project(models), "--protocols", "[clean, pgd, apgd]",
+            "--eps", eps, "--n", str(given["n"]), "--steps", str(given["steps"]), "--targets", str(given["targets"]),
+            "--largest_first", "true", "--out", of_this_project(out), log=RUNS / f"{label}.txt")  # fmt: skip
     for path in (out / "cards" / label).iterdir():
         (RESULTS / "cards" / label).mkdir(parents=True, exist_ok=True)
         (RESULTS / "cards" / label / path.name).write_bytes(path.read_bytes())
+
+
+def of_this_project(path: Path) -> str:
+    """As commands on cards name it, which are the same on every machine."""
+    return str(path.relative_to(HERE)) if path.is_relative_to(HERE) else str(path)
 
 
 def tower_of(label: str) -> Path:

@@ -167,3 +167,15 @@ def test_a_row_that_stands_whole_is_not_done_again(results: Path, monkeypatch: p
         put(results / "cards" / "near_seed0", data, None, 0.5)
     assert methods_table.stands("near_seed0", recipe)
     assert not list(methods_table.trained(recipe, [methods_table.Method("near", "Near")]))
+
+
+def test_commands_on_cards_name_no_place_of_a_machine() -> None:
+    """Of all cards in git: paths in their commands begin in the project's folder."""
+    commands = {json.loads(path.read_text())["command"] for path in Path("results").rglob("cards/**/*.json")}
+    assert commands and not [command for command in commands if any(word.startswith(("/", "~")) for word in command.split())]
+
+
+def test_the_table_s_commands_are_the_same_on_every_machine() -> None:
+    """What lies in the project is named from its folder."""
+    assert methods_table.of_this_project(methods_table.RUNS / "eval") == "runs/methods_table/eval"
+    assert methods_table.of_this_project(Path("/elsewhere/eval")) == "/elsewhere/eval"
