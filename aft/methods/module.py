@@ -103,7 +103,15 @@ class ClipModule(L.LightningModule):
         return datamodule
 
     def setup(self, stage: str) -> None:
-        """Fits the text transformation on the training classes, and prepares a pair of metrics for each validation loader."""
+        """Fits the text transformation on the training classes, and prepares a pair of metrics for each validation loader.
+
+        Raises:
+            ConfigError: weights and pixels would be in 16 bits.
+        """
+        if (precision := str(self.trainer.precision)) in ("bf16-true", "16-true"):
+            instead = precision.replace("true", "mixed")
+            raise ConfigError(f"trainer.precision = {precision!r}: an attack moves pixels by parts of a grey level, which 16 bits lose; "
+                              f"take {instead!r}, where pixels and weights stay in fp32.")  # fmt: skip
         if self.data.class_lists.get("train"):
             self.model.text_transform.fit(self.raw_class_bank("train"))
         self.val_clean = nn.ModuleList(MeanMetric() for _ in self.data.val_class_lists)

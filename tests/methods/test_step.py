@@ -230,3 +230,10 @@ def test_a_coupled_loss_refuses_accumulation(data: MemoryData, tmp_path: Path) -
     """It is defined on the whole batch."""
     with pytest.raises(ConfigError, match="accumulate_grad_batches must be 1"):
         make_trainer(tmp_path, accumulate_grad_batches=2).fit(ContrastivePretraining(ModelSpec("tiny", "random")), datamodule=data)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_pixels_in_16_bits_are_refused(precision: str, tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """With what to take instead."""
+    with pytest.raises(ConfigError, match=f"precision = '{precision}'.*take '{precision.replace('true', 'mixed')}'"):
+        make_trainer(tmp_path, max_steps=1, precision=precision).fit(tecoa(tiny), datamodule=data)
