@@ -5,6 +5,7 @@ No figure of a defence stands alone: a row always has the same weights without i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ CSV_COLUMNS = (
     "adaptive_majority", "adaptive_strict", "undefended_there_accuracy", "gain", "gain_low", "gain_high", "helps", "gate_clean",
     "gate_adversarial", "zero_gradient_fraction", "eot_draws", "eot_cosine", "cost_multiplier",
 )  # fmt: skip
-HEADS = ("clean %", "undef. %", "obliv. %", "adapt. %", "how")
+HEADS = ("clean %", "undef. %", "obliv. %", "adapt. %", "how, verdict")
 
 
 def told(card: Card) -> dict[str, Any] | None:
@@ -57,15 +58,30 @@ def rows_of(labelled: Sequence[Labelled]) -> list[Labelled]:
 
 
 def table(labelled: Sequence[Labelled]) -> Table:
-    """One row for each model, defence, data set and radius; under each figure its n."""
+    """One row for each model, defence, data set and radius; under each figure its n, and last the verdict."""
     sheet = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     sheet.add_column("model", overflow="fold")
     for name in ("eps", *HEADS):
         sheet.add_column(name, justify="right", no_wrap=True)
-    sheet.add_column("verdict", no_wrap=True)
     for label, card in rows_of(labelled):
-        sheet.add_row(label, *cells(card))
+        *figures, verdict = cells(card)
+        sheet.add_row(folded(label), *figures[:-1], f"{figures[-1]}\n{verdict}")
     return sheet
+
+
+def folded(label: str, width: int = 16) -> str:
+    """A long name in several lines, broken after underscores.
+
+    Example:
+        >>> folded("tga_zsr_clipure_cos_closed")
+        'tga_zsr_clipure_\\ncos_closed'
+    """
+    lines = [""]
+    for piece in re.findall("[^_]*_|[^_]+$", label):
+        if lines[-1] and len(lines[-1] + piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(lines)
 
 
 def cells(card: Card) -> list[str]:
