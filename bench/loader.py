@@ -107,6 +107,7 @@ def decoder_alone(data: ImageData, images: int) -> Callable[[], None]:
     encoded = [source.read(place) for place in range(min(images, len(source)))]
 
     def run() -> None:
+        """All of them once."""
         for one in encoded:
             with Image.open(io.BytesIO(one)) as image:
                 picture = image.convert("RGB")
@@ -126,7 +127,9 @@ def rates(kinds: dict[str, Callable[[int], ImageData]], repeats: int, batches: i
     drawn = {name: batches * (SMALL_BATCH if name in (SMALL, HELD) else BATCH) for name in kinds}
 
     def draw(stream: Iterator[Batch]) -> Callable[[], None]:
+        """So many batches of a stream."""
         def run() -> None:
+            """Drawn and let go."""
             for _ in range(batches):
                 next(stream)
 

@@ -42,6 +42,7 @@ class Waits(TorchDispatchMode):
 def a_step(batch_size: int, attack_steps: int) -> Callable[[], None]:
     """Four steps of TeCoA in Lightning's trainer."""
     def run() -> None:
+        """One fit."""
         method = TeCoA(MINI, attack=attack_of(attack_steps), optimizer=ADAMW)
         trainer(Effort(), 4, []).fit(method, datamodule=MadeUp(batch_size))
 

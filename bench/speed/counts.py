@@ -100,6 +100,7 @@ class Counted(L.Callback):
 
     def _watch(self, tower: nn.Module, which: str) -> None:
         def seen(*_: object) -> None:
+            """One forward more."""
             self.calls[which] += 1
 
         tower.register_forward_pre_hook(seen)
