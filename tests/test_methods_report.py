@@ -169,6 +169,15 @@ def test_a_row_that_stands_whole_is_not_done_again(results: Path, monkeypatch: p
     assert not list(methods_table.trained(recipe, [methods_table.Method("near", "Near")]))
 
 
+def test_a_rate_is_searched_once_for_all_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seed that is missing takes the rate of the seed that stands, also on another machine, where the search's runs are not."""
+    monkeypatch.setattr(methods_table, "RESULTS", tmp_path)
+    monkeypatch.setattr(methods_table, "fit", lambda *given: pytest.fail("searched again"))
+    told = {"rate": 3e-4, "search": {"0.0003": {"clean_accuracy": 0.3, "robust_accuracy": 0.1}}}
+    methods_table.keep("tecoa_seed1", told)
+    assert methods_table.search(RECIPE, methods_table.Method.of("tecoa", RECIPE["methods"]["tecoa"])) == (told["rate"], told["search"])
+
+
 def test_commands_on_cards_name_no_place_of_a_machine() -> None:
     """Of all cards in git: paths in their commands begin in the project's folder."""
     commands = {json.loads(path.read_text())["command"] for path in Path("results").rglob("cards/**/*.json")}
