@@ -90,8 +90,14 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def fill(page: Path, name: str, text: str) -> None:
+def fill(page: Path, name: str, text: str, fenced: bool = True) -> None:
     """Puts measured tables on a page, between ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
+
+    Args:
+        page: a Markdown file.
+        name: of the place.
+        text: what stands there from now on.
+        fenced: as plain text; false: ``text`` is Markdown itself.
 
     Raises:
         ValueError: the page has no such place.
@@ -101,4 +107,5 @@ def fill(page: Path, name: str, text: str) -> None:
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise ValueError(f"{page.name} has no place for the figures of {name}: write {begin.strip()} and {end} on lines of their own.")
-    write_whole(page, f"{before}{begin}\n```\n{text.strip()}\n```\n\n{end}{after}".encode())
+    block = f"```\n{text.strip()}\n```" if fenced else text.strip()
+    write_whole(page, f"{before}{begin}\n{block}\n\n{end}{after}".encode())
