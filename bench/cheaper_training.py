@@ -53,7 +53,8 @@ def train_row(recipe: dict[str, Any], label: str, row: dict[str, Any], steps: in
     watch = [{"class_path": "bench.meter.Meter", "init_args": {"every": recipe["every"], "most": recipe["most"], **meter}},
              {"class_path": "callbacks.CollapseWatch", "init_args": {"every": 100}}, {"class_path": "callbacks.PlainProgress"}]  # fmt: skip
     folder = RUNS / label
-    fit(own, Method(label, "TeCoA", row.get("model", {})), folder, recipe["rate"], steps, seed, {"callbacks": watch})
+    trainer = {"callbacks": watch, **row.get("trainer", {})}
+    fit(own, Method(label, "TeCoA", row.get("model", {})), folder, recipe["rate"], steps, seed, trainer)
     log = (folder / "log.txt").read_text()
     return {"marks": json.loads((folder / MARKS).read_text()), "batch": own["shared"]["data"]["init_args"]["batch_size"],
             "warned": sorted(set(re.findall(r"(?:catastrophic overfitting|collapse) at step \d+", log))),
