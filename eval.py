@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lightning import LightningDataModule
 
@@ -28,6 +28,7 @@ from aft.attacks.threat_model import Norm, pixel_fraction, radius_text
 from aft.batch import EvaluationSet, SuiteData
 from aft.cards import read, with_external, write, write_whole
 from aft.clip import ModelSpec, ZeroShotModel, load_model
+from aft.clip.matmul import use_onednn
 from aft.clip.merge import interpolate
 from aft.clip.weights import named
 from aft.defenses import DefenseSpec
@@ -347,9 +348,8 @@ class External:
         return found
 
 
-COMMANDS: dict[str, type[Evaluate | Curve | Report | External]] = {
-    "evaluate": Evaluate, "curve": Curve, "report": Report, "external": External,
-}  # fmt: skip
+Command = Evaluate | Curve | Report | External
+COMMANDS: dict[str, type[Command]] = {"evaluate": Evaluate, "curve": Curve, "report": Report, "external": External}
 
 
 def main(args: list[str] | None = None) -> list[Labelled]:
@@ -374,12 +374,12 @@ def main(args: list[str] | None = None) -> list[Labelled]:
     effective = parser.dump(settings, skip_unset=False)
     if name not in ("report", "external") and Place.of_environment().rank == 0:
         print(in_short(effective, parser.dump(parser.get_defaults(), skip_unset=False, skip_validation=True)), flush=True)
+    use_onednn()
     try:
-        made: Any = COMMANDS[name](**vars(parser.instantiate(settings)))
+        made: Command = COMMANDS[name](**vars(parser.instantiate(settings)))
     except ValueError as error:
         raise underlying(error) from error
-    cards: list[Labelled] = made.run(command, effective)
-    return cards
+    return made.run(command, effective)
 
 
 def shell() -> int:

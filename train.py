@@ -23,6 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from aft.attacks import Attack
 from aft.batch import SuiteData
 from aft.clip import ModelSpec, TrainableSpec
+from aft.clip.matmul import use_onednn
 from aft.errors import AftError, ConfigError, RunError
 from aft.methods import AdversarialFineTuning, OptimizerSpec, Phase, WarmStart
 from aft.methods.distributed import leave_process_group
@@ -282,6 +283,7 @@ def main(args: list[str] | None = None) -> Main:
         AftError: whatever a user can mend.
     """
     torch.set_float32_matmul_precision("high")
+    use_onednn()
     quiet()
     return Main(args)
 

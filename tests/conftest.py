@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader
 
 from aft.batch import Batch
 from aft.clip import ModelSpec, ZeroShotModel, load_model, weights
+from aft.clip.matmul import use_onednn
+
+use_onednn()  # as train.py and eval.py do: in whatever order tests come, all multiply alike
 
 TINY = {
     "model_cfg": {

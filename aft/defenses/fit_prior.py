@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from aft.attacks.noise import normal, sample_keys, uniform
 from aft.batch import EvaluationSet
 from aft.clip import ModelSpec, ZeroShotModel, load_model
+from aft.clip.matmul import use_onednn
 from aft.defenses.prior import LatentDiffusionPrior
 from aft.errors import AftError, ConfigError
 
@@ -166,6 +167,7 @@ def main(args: list[str] | None = None) -> LatentDiffusionPrior:
     parser.add_class_arguments(FitPrior, fail_untyped=True)
     settings = parser.parse_args(words)
     settings.pop("config", None)
+    use_onednn()
     made = FitPrior(**vars(parser.instantiate(settings)))
     return made.run(" ".join(["python -m aft.defenses.fit_prior", *words]))
 

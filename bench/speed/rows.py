@@ -41,6 +41,7 @@ ROWS: tuple[Row, ...] = (
     Row("two_overhead", "a step of two processes / of one alone with as many images a process", processes.overhead),
     Row("folded", "attack's pass with torch's attention / with ours, MiniCLIP-32", tricks.folded(MINI, 64, 20)),
     Row("folded_b32", "the same, ViT-B/32, batch 8", tricks.folded(BASE, 8, 5)),
+    Row("onednn", "attack's pass, fp32 products of torch / by oneDNN, MiniCLIP-32", tricks.onednn),
     Row("bf16", "attack's pass, fp32 / bf16 autocast, MiniCLIP-32", tricks.bf16),
     Row("channels_last", "training pass of a ResNet-50, usual order / channels last", tricks.channels_last),
     Row("fused", "AdamW's step by default / fused, weights of a ViT-B/32", tricks.fused),

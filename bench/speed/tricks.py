@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from aft.clip import ModelSpec, load_model
 from aft.clip.attention import FoldedAttention
+from aft.clip.matmul import use_onednn, use_torch
 from aft.clip.weights import build_clip, describe
 from bench.speed.row import Effort, Found, NotHere, ratios
 from bench.speed.setting import BASE, MINI, WARM
@@ -69,6 +70,22 @@ def folded(clip: ModelSpec, batch_size: int, repeats: int) -> Callable[[Effort],
         return without_over_with(lambda: attack_pass(torchs, images_BCHW), lambda: attack_pass(ours, images_BCHW), effort, repeats, told)
 
     return measure
+
+
+def onednn(effort: Effort) -> Found:
+    """Matrix products as torch makes them against :mod:`aft.clip.matmul`, in the pass of an attack."""
+    if effort.device != "cpu" or not use_onednn():
+        raise NotHere("torch's own products are kept here: an Intel processor, a GPU, or AFT_ONEDNN=0")
+    tower, side = tower_of(MINI, effort)
+    images_BCHW = torch.rand(64, 3, side, side)
+
+    def torchs() -> None:
+        """Without; switching takes microseconds."""
+        use_torch()
+        attack_pass(tower, images_BCHW)
+        use_onednn()
+
+    return without_over_with(torchs, lambda: attack_pass(tower, images_BCHW), effort, 20, {"model": MINI.name, "batch_size": 64})
 
 
 def compiled(effort: Effort) -> Found:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aft.clip import ModelSpec, ZeroShotModel, load_model
-from aft.clip.attention import FoldedAttention, fold_attention
+from aft.clip.attention import FoldedAttention, attend, fold_attention
 
 
 class Products(TorchDispatchMode):
@@ -22,6 +22,20 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Counts."""
         self.count += function._schema.name == "aten::bmm"
+        return function(*args, **(kwargs or {}))
+
+
+class Kinds(TorchDispatchMode):
+    """Of what numbers attention is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Notes it."""
+        if "scaled_dot_product" in function._schema.name:
+            self.found.add(args[0].dtype)
         return function(*args, **(kwargs or {}))
 
 
@@ -87,3 +101,22 @@ def test_all_else_goes_the_old_way() -> None:
     dropping = nn.Sequential(nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True))
     fold_attention(dropping)
     assert type(dropping[0]) is nn.MultiheadAttention
+
+
+def test_bf16_on_a_cpu_attends_in_fp32() -> None:
+    """Also under autocast, which would cast it back; the result and its gradient are bf16, and as exact as bf16 can be."""
+    draws = (torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    query, key, value = (draw.bfloat16().requires_grad_() for draw in draws)
+    with torch.autocast("cpu", torch.bfloat16), Kinds() as seen:
+        mixed = attend(query, key, value)
+    assert seen.found == {torch.float32} and mixed.dtype == torch.bfloat16
+    exact = nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    assert torch.equal(mixed, exact.bfloat16())
+    (ours,), (wanted,) = (torch.autograd.grad(out.double().square().sum(), query) for out in (mixed, exact))
+    assert ours.dtype == torch.bfloat16 and torch.allclose(ours, wanted, rtol=0.02, atol=1e-3)
+
+
+def test_other_numbers_attend_as_they_are() -> None:
+    """fp32 is torch's own, to the bit."""
+    query, key, value = (torch.randn(2, 3, 5, 4) for _ in range(3))
+    assert torch.equal(attend(query, key, value), nn.functional.scaled_dot_product_attention(query, key, value))

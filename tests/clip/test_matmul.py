@@ -1,0 +1,150 @@
+"""Products by oneDNN are products: exact as fp32 is, with all gradients, and nothing but large fp32 matrices goes there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from aft.clip import matmul
+
+WITH_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """Other tests find what they left."""
+    before = bool(matmul._libraries)
+    yield
+    matmul.use_torch()
+    if before:
+        matmul.use_onednn()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Replaced on any processor that can; the sides of every product that goes to oneDNN."""
+    if not WITH_ONEDNN:
+        pytest.skip("torch was built here without MKL or without oneDNN: there is nothing to replace")
+    seen: list[tuple[int, ...]] = []
+    product = matmul._product
+
+    def noted(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+        """The product, noted."""
+        seen.append((*left.shape, right.shape[1]))
+        return product(left, right, bias)
+
+    monkeypatch.setattr(matmul, "vendor", lambda: "AuthenticAMD")
+    monkeypatch.delenv(matmul.SWITCH, raising=False)
+    monkeypatch.setattr(matmul, "_product", noted)
+    monkeypatch.setattr(matmul, "LEAST", 1000)
+    assert matmul.use_onednn()
+    return seen
+
+
+def made(*sides: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random numbers that learn."""
+    return torch.randn(*sides, dtype=dtype, generator=torch.Generator().manual_seed(sum(sides))).requires_grad_()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens", [None, 3])
+def test_gradients_are_those_of_float64(calls: list[tuple[int, ...]], bias: bool, tokens: int | None) -> None:
+    """A layer, its gradients, and a gradient of a gradient (an attack through a defence that climbs): to fp32's last bits."""
+    given = [made(20, *([] if tokens is None else [tokens]), 12), made(8, 12), *([made(8)] if bias else [])]
+    exact = [one.detach().double().requires_grad_() for one in given]
+    found: list[list[Tensor]] = []
+    for x, *layer in (given, exact):
+        out = F.linear(x, *layer)
+        first = torch.autograd.grad(out.pow(3).sum(), [x, *layer], create_graph=True)
+        found.append([out, *first, *torch.autograd.grad(first[0].pow(2).sum(), [x, layer[0]])])
+    for ours, wanted in zip(*found, strict=True):
+        assert torch.allclose(ours.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.detach().abs().max()))
+    rows = 20 * (tokens or 1)
+    assert {(rows, 12, 8), (rows, 8, 12), (8, rows, 12)} <= set(calls), "forward, by the input, by the weights"
+
+
+def test_order_in_memory_does_not_matter(calls: list[tuple[int, ...]]) -> None:
+    """Transposed and strided matrices, and one expanded over rows."""
+    for left in (made(30, 20).t(), made(20, 60)[:, ::2], made(1, 30).expand(20, 30)):
+        for right in (made(10, 30).t(), made(30, 20)[:, ::2]):
+            assert torch.allclose(left @ right, (left.double() @ right.double()).float(), atol=1e-5)
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize("left, right", [
+    (made(40, 40, dtype=torch.float64), made(40, 40, dtype=torch.float64)),
+    (made(40, 40).bfloat16(), made(40, 40).bfloat16()),
+    (torch.ones(40, 40, dtype=torch.int64), torch.ones(40, 40, dtype=torch.int64)),
+    (made(5, 5), made(5, 5)),
+    (made(40, 0), made(0, 40)),
+    (made(40, 40).detach().to_sparse(), made(40, 40)),
+], ids=["float64", "bf16", "int64", "small", "empty", "sparse"])  # fmt: skip
+def test_all_else_is_left_to_torch(calls: list[tuple[int, ...]], left: Tensor, right: Tensor) -> None:
+    """The very results that torch gives without us."""
+    ours = left @ right, torch.addmm(right[:1, 0:1].to_dense() if right.numel() else made(1), left, right, beta=2, alpha=3)
+    assert not calls
+    matmul.use_torch()
+    assert torch.equal(ours[0], left @ right)
+    assert torch.equal(ours[1], torch.addmm(right[:1, 0:1].to_dense() if right.numel() else made(1), left, right, beta=2, alpha=3))
+
+
+def test_scaled_sums_are_left_to_torch(calls: list[tuple[int, ...]]) -> None:
+    """``alpha`` and ``beta`` other than 1, and what is added to a matrix and not to each row."""
+    left, right = made(40, 40), made(40, 40)
+    for added, scales in ((made(40), {"alpha": 2.0}), (made(40), {"beta": 0.5}), (made(40, 40), {}), (made(1), {})):
+        wanted = scales.get("beta", 1.0) * added.double() + scales.get("alpha", 1.0) * (left.double() @ right.double())
+        assert torch.allclose(torch.addmm(added, left, right, **scales), wanted.float(), atol=1e-4)
+    assert not calls
+
+
+def test_faults_are_told_by_torch(calls: list[tuple[int, ...]]) -> None:
+    """Sides and kinds that do not fit raise what they always raise."""
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        torch.mm(made(40, 40), made(41, 40))
+    with pytest.raises(RuntimeError, match="dtype"):
+        torch.mm(made(40, 40), made(40, 40, dtype=torch.float64))
+
+
+def test_operations_are_counted_as_before(calls: list[tuple[int, ...]]) -> None:
+    """The counter sits above the replacement."""
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad((made(40, 30) @ (weight := made(30, 20))).sum(), weight)
+    assert counter.get_total_flops() == 2 * 2 * 40 * 30 * 20 and len(calls) == 2
+
+
+@pytest.mark.parametrize("why", ["intel", "switch", "mkl", "onednn"])
+def test_nothing_is_replaced_without_need(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    """Intel's processors, the switch, and a torch without either library."""
+    matmul.use_torch()
+    monkeypatch.setattr(matmul, "vendor", lambda: "vendor_id : GenuineIntel" if why == "intel" else "vendor_id : AuthenticAMD")
+    monkeypatch.setenv(matmul.SWITCH, "0" if why == "switch" else "1")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: why != "mkl")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: why != "onednn")
+    assert not matmul.use_onednn()
+
+
+def test_importing_replaces_nothing() -> None:
+    """The library leaves the process of its user as it is; train.py and eval.py ask for it."""
+    code = "import aft.clip, aft.clip.matmul as m, aft.methods, aft.evaluation; assert not m._libraries; print('as it was')"
+    assert "as it was" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_taking_it_back_takes_it_back(calls: list[Any]) -> None:
+    """And it can be asked for again."""
+    left, right = made(40, 40), made(40, 40)
+    assert matmul.use_onednn() and matmul.use_onednn(), "twice is once"
+    torch.mm(left, right)
+    matmul.use_torch()
+    torch.mm(left, right)
+    assert len(calls) == 1
+    matmul.use_onednn()
+    torch.mm(left, right)
+    assert len(calls) == 2
