@@ -2,7 +2,7 @@
 
     python -m aft.submit --nodes 2 --gpus-per-node 8 --time 24:00:00 -- fit -c configs/methods/tecoa.yaml
     python -m aft.submit --methods tecoa,fare --seeds 0,1,2 -- fit -c configs/data/shards.yaml -- evaluate -c configs/eval/apgd.yaml
-    python -m aft.submit --vary eps=1/255,2/255 -- evaluate -c configs/eval/apgd.yaml --weights best.ckpt
+    python -m aft.submit --vary 'eps=[1/255],[2/255]' -- evaluate -c configs/eval/apgd.yaml --weights best.ckpt
     python -m aft.submit --resume runs/tecoa-1234
 
 What stands after the first -- is train.py's (fit) or eval.py's (evaluate, curve); a second one measures what was trained.
