@@ -10,18 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from aft.cards import standard_error
+from bench.step_cost import parts_of, summed
 
-ROWS = "rows.json"
+ROWS, TIMES = "rows.json", "times.json"
 BASELINE = "tecoa_seed"
 Mark = Mapping[str, float]
-COLUMNS = ("row", "what differs", "forwards", "time", "CPU", "images", "robust at equal forwards", "clean there", "forwards an image",
-           "warned of")  # fmt: skip
+COLUMNS = ("row", "what differs", "time", "forwards", "images", "robust at equal time", "clean there", "time of a step", "warned of")
 HEAD = (
     "# Cheaper adversarial training, and its price",
     "",
-    "Written by `python -m bench.cheaper_training` (recipe: `bench/cheaper_training.yaml`); `rows.json` has every evaluation.",
-    "What the options are and what they risk: [docs/cheaper_training.md](../../docs/cheaper_training.md).",
+    "Written by `python -m bench.cheaper_training` (recipe: `bench/cheaper_training.yaml`); `rows.json` has every evaluation, `times.json`",
+    "the time of each kind of step. What the options are and what they risk: [docs/cheaper_training.md](../../docs/cheaper_training.md).",
     "",
+)
+TIMED = (
+    "`time` ranks the rows: steps of each kind times what such a step takes, over a step of the baseline, measured in short runs in turn",
+    "(median of rounds). `forwards` are counted where they happen, in forwards of one image through the whole tower;",
+)
+UNTIMED = (
+    "**Not timed yet** (`--time`, on a quiet machine): `time` is that of forwards, counted where they happen, in forwards of one image",
+    "through the whole tower, which leaves out all that is not the tower;",
 )
 
 
@@ -32,9 +40,8 @@ class Yardstick:
     robust: float
     spread: float
     cost: float
-    seconds: float
-    cpu_seconds: float
     images: float
+    steps: float
     seeds: int
 
     @classmethod
@@ -43,10 +50,10 @@ class Yardstick:
         ends = [row["marks"][-1] for name, row in rows.items() if name.startswith(BASELINE)]
         if not ends:
             return None
-        mean = {key: statistics.fmean(end[key] for end in ends) for key in ends[0]}
+        mean = {key: statistics.fmean(end[key] for end in ends) for key in ("robust_accuracy", "cost", "images", "step")}
         robust = [end["robust_accuracy"] for end in ends]
-        return cls(mean["robust_accuracy"], statistics.stdev(robust) if len(ends) > 1 else 0.0, mean["cost"], mean["seconds"],
-                   mean["cpu_seconds"], mean["images"], len(ends))  # fmt: skip
+        spread = statistics.stdev(robust) if len(ends) > 1 else 0.0
+        return cls(mean["robust_accuracy"], spread, mean["cost"], mean["images"], mean["step"], len(ends))
 
 
 def kept(results: Path) -> dict[str, Any]:
@@ -55,39 +62,53 @@ def kept(results: Path) -> dict[str, Any]:
     return rows
 
 
-def reached(marks: Sequence[Mark], target: float, most: float) -> Mark | None:
+def times_of(recipe: Mapping[str, Any], results: Path) -> dict[str, list[float]] | None:
+    """Time of each row's kinds of steps, over a step of the baseline; none where not every row is timed."""
+    path = results / TIMES
+    times: dict[str, list[float]] = json.loads(path.read_text())["ratios"] if path.exists() else {}
+    return times if times.keys() >= recipe["rows"].keys() else None
+
+
+def dated(row: Mapping[str, Any], of_a_step: Sequence[float] | None, yard: Yardstick) -> list[Mark]:
+    """The marks of a row with their ``time``, in times of the whole baseline.
+
+    Args:
+        row: from the results.
+        of_a_step: time of each of its kinds of steps, over a step of the baseline; none: not measured, and forwards stand for it.
+        yard: the baseline.
+    """
+    marks: list[Mark] = row["marks"]
+    if of_a_step is None:
+        return [{**mark, "time": mark["cost"] / yard.cost} for mark in marks]
+    ends = parts_of(row["model"], attack_steps=0, own_side=1)  # when each kind ends is all that is asked
+    return [{**mark, "time": summed(of_a_step, ends, mark["step"], row["plan"]) / yard.steps} for mark in marks]
+
+
+def reached(marks: Sequence[Mark], target: float, most: float, by: str = "time") -> Mark | None:
     """The first mark at or above the target, within what a row may spend."""
-    return next((mark for mark in marks if mark["robust_accuracy"] >= target and mark["cost"] <= most), None)
+    return next((mark for mark in marks if mark["robust_accuracy"] >= target and mark[by] <= most), None)
 
 
-def at_equal_cost(marks: Sequence[Mark], cost: float) -> Mark | None:
-    """The last mark that does not cost more."""
-    return next((mark for mark in reversed(marks) if mark["cost"] <= cost * (1 + 1e-9)), None)
+def at_equal_time(marks: Sequence[Mark]) -> Mark | None:
+    """The last mark that does not take longer than the baseline."""
+    return next((mark for mark in reversed(marks) if mark["time"] <= 1 + 1e-9), None)
 
 
-def ratios(mark: Mark | None, yard: Yardstick) -> list[str]:
-    """What a row took to the target, as shares of what the baseline took: forwards, time, CPU time, images."""
-    if mark is None:
-        return ["not reached", "", "", ""]
-    whole = {"cost": yard.cost, "seconds": yard.seconds, "cpu_seconds": yard.cpu_seconds, "images": yard.images}
-    return [f"{mark[key] / of:.2f}" for key, of in whole.items()]
-
-
-def line(name: str, says: str, row: Mapping[str, Any], yard: Yardstick, most: float, n: int) -> str:
+def line(name: str, says: str, marks: Sequence[Mark], warned: Sequence[str], yard: Yardstick, most: float, n: int) -> str:
     """A row of the table."""
-    marks: list[Mark] = row["marks"]
-    equal, last = at_equal_cost(marks, yard.cost), marks[-1]
+    equal, last, mark = at_equal_time(marks), marks[-1], reached(marks, yard.robust, most)
     accuracies = ["", ""] if equal is None else [shown(equal[key], n) for key in ("robust_accuracy", "clean_accuracy")]
-    took = ratios(reached(marks, yard.robust, most * yard.cost), yard)
-    cells = [name, says, *took, *accuracies, f"{last['cost'] / last['images']:.2f}", "; ".join(row["warned"]) or "-"]
-    return f"| {' | '.join(cells)} |"
+    took = ["not reached", "", ""] if mark is None else [
+        f"{share:.2f}" for share in (mark["time"], mark["cost"] / yard.cost, mark["images"] / yard.images)
+    ]
+    of_a_step = last["time"] / last["step"] * yard.steps
+    return f"| {' | '.join([name, says, *took, *accuracies, f'{of_a_step:.2f}', '; '.join(warned) or '-'])} |"
 
 
-def place(row: Mapping[str, Any], yard: Yardstick, most: float) -> tuple[bool, float]:
-    """What rows are sorted by: forwards to the target; where it is not reached, accuracy at equal forwards."""
-    marks: list[Mark] = row["marks"]
-    mark = reached(marks, yard.robust, most * yard.cost)
-    return (False, mark["cost"]) if mark else (True, -(at_equal_cost(marks, yard.cost) or marks[-1])["robust_accuracy"])
+def place(marks: Sequence[Mark], yard: Yardstick, most: float) -> tuple[bool, float]:
+    """What rows are sorted by: time to the target; where it is not reached, accuracy at equal time."""
+    mark = reached(marks, yard.robust, most)
+    return (False, mark["time"]) if mark else (True, -(at_equal_time(marks) or marks[-1])["robust_accuracy"])
 
 
 def shown(share: float, n: int) -> str:
@@ -98,7 +119,7 @@ def shown(share: float, n: int) -> str:
 def page(recipe: Mapping[str, Any], results: Path) -> str:
     """All of ``results/cheaper_training/README.md``."""
     rows, n, most = kept(results), recipe["shared"]["data"]["init_args"]["holdout"], recipe["most"]
-    yard = Yardstick.of(rows)
+    yard, times = Yardstick.of(rows), times_of(recipe, results)
     lines = [*HEAD]
     if yard is None:
         return "\n".join([*lines, "The baseline is not measured yet.", ""])
@@ -107,19 +128,20 @@ def page(recipe: Mapping[str, Any], results: Path) -> str:
         f"Baseline: TeCoA with two attack steps from MiniCLIP-32, {steps} steps of {batch}; one constant rate,",
         f"{recipe['rate']:g}, for all rows. It ends at {100 * yard.robust:.1f} % robust accuracy (mean of {yard.seeds} seeds, standard",
         f"deviation {100 * yard.spread:.1f} points): PGD-10, L-inf 2/255, {n} held-out training images of Tiny-ImageNet, a figure",
-        "to compare these rows by and no verdict on a model. It took",
-        f"{yard.seconds:.0f} s of steps ({yard.cpu_seconds:.0f} s of CPU time) and {yard.cost:.3g} forwards.",
+        f"to compare these rows by and no verdict on a model. It took {yard.cost:.3g} forwards.",
         "",
         f"To that accuracy, by the first evaluation (each {recipe['every']} steps) at or above it, as shares of what the baseline's",
-        f"{steps} steps took: `forwards` are counted where they happen, in forwards of one image through the whole tower, and rank the",
-        "rows; `time` (monotonic clock, steps alone) and `CPU` (of the process) are of a machine that others used, too; `images` with",
-        f"repetitions. `not reached`: not for {most:g} times the forwards. Accuracies in % ± one standard error over images, by the last",
-        "evaluation within the baseline's forwards. Differences below twice the seeds' standard deviation say nothing, and the first",
-        "crossing of a noisy curve comes early for every row, the baseline's own among them.",
+        f"{steps} steps took. {(UNTIMED if times is None else TIMED)[0]}",
+        f"{(UNTIMED if times is None else TIMED)[1]} `images` with repetitions.",
+        f"`not reached`: not in {most:g} times the baseline's. Accuracies in % ± one standard error over images, by the last evaluation",
+        "within the baseline's time; `time of a step`: mean, over the baseline's. Differences below twice the seeds' standard deviation",
+        "say nothing, and the first crossing of a noisy curve comes early for every row, the baseline's own among them.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|" + "---|" * len(COLUMNS),
     ]
     told = {name: row["says"] for name, row in recipe["rows"].items()}
-    order = sorted(rows, key=lambda name: place(rows[name], yard, most))
-    return "\n".join([*lines, *(line(name, told.get(name, "the baseline"), rows[name], yard, most, n) for name in order), ""])
+    marks = {name: dated(row, None if times is None else times.get(name, [1.0]), yard) for name, row in rows.items()}
+    for name in sorted(rows, key=lambda name: place(marks[name], yard, most)):
+        lines.append(line(name, told.get(name, "the baseline"), marks[name], rows[name]["warned"], yard, most, n))
+    return "\n".join([*lines, ""])

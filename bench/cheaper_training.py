@@ -3,6 +3,7 @@
 ``bench/cheaper_training.yaml`` has the rows. The baseline trains first; every other row trains until it has its robust accuracy, or has
 spent three times as much. Everything is resumable, also after a kill. Runs lie in ``runs/cheaper_training``; rows go to
 ``results/cheaper_training/rows.json`` and the table to its ``README.md``, row after row. A row that stands there is not done again.
+``--time`` measures what a step of each kind takes (let nothing else run), by which the rows are then ranked.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -20,8 +22,9 @@ from aft.cards import write_whole
 from aft.clip.weights import describe
 from aft.errors import unknown_name
 from bench import cheaper_report
+from bench.machine import machine
 from bench.meter import MARKS
-from bench.runs import HERE, Method, fit
+from bench.runs import HERE, Method, fit, images_a_second
 from bench.step_cost import parts_of, planned, spent
 
 RECIPE = HERE / "bench" / "cheaper_training.yaml"
@@ -48,8 +51,7 @@ def with_ends(settings: dict[str, Any], plan: int, steps: int) -> dict[str, Any]
 
 def train_row(recipe: dict[str, Any], label: str, row: dict[str, Any], steps: int, seed: int, meter: dict[str, Any]) -> dict[str, Any]:
     """Trains one row, or what of it is missing, and says what is kept of it."""
-    own = json.loads(json.dumps(recipe))
-    own["shared"]["data"]["init_args"] |= row.get("data", {})
+    own = with_data(recipe, row)
     watch = [{"class_path": "bench.meter.Meter", "init_args": {"every": recipe["every"], "most": recipe["most"], **meter}},
              {"class_path": "callbacks.CollapseWatch", "init_args": {"every": 100}}, {"class_path": "callbacks.PlainProgress"}]  # fmt: skip
     folder = RUNS / label
@@ -73,6 +75,43 @@ def baseline(recipe: dict[str, Any]) -> tuple[float, float]:
     return statistics.fmean(end["robust_accuracy"] for end in ends), statistics.fmean(end["cost"] for end in ends)
 
 
+def kinds(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The model's settings for each kind of steps of a row, each alone: its phases, then what comes after them."""
+    given = row.get("model", {})
+    whole = {key: value for key, value in given.items() if key != "phases"}
+    return [*({**whole, "phases": [{**phase, "until": 1.0}]} for phase in given.get("phases", [])), whole]
+
+
+def step_times(recipe: dict[str, Any]) -> dict[str, list[float]]:
+    """Time of a step of each kind, over one of the baseline: short runs, one after the other, in rounds; medians of the rounds' ratios."""
+    given = recipe["timing"]
+    wanted = {"baseline": {}, **recipe["rows"]}
+    ratios: dict[str, list[list[float]]] = {name: [] for name in wanted}
+    for turn in range(given["rounds"]):
+        seconds: dict[str, list[float]] = {}
+        for name, row in wanted.items():
+            seconds[name] = [seconds_of_a_step(recipe, f"{name}-{place}-{turn}", row, kind) for place, kind in enumerate(kinds(row))]
+        for name, those in seconds.items():
+            ratios[name].append([one / seconds["baseline"][0] for one in those])
+    return {name: [statistics.median(one) for one in zip(*rounds, strict=True)] for name, rounds in ratios.items()}
+
+
+def seconds_of_a_step(recipe: dict[str, Any], label: str, row: dict[str, Any], model: dict[str, Any]) -> float:
+    """Of a short run."""
+    own = with_data(recipe, row)
+    trainer = {"log_every_n_steps": 1, **row.get("trainer", {})}
+    folder = RUNS / "timing" / label
+    fit(own, Method(label, "TeCoA", model), folder, recipe["rate"], recipe["timing"]["steps"], 0, trainer)
+    return own["shared"]["data"]["init_args"]["batch_size"] / images_a_second(folder)
+
+
+def with_data(recipe: dict[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with a row's own settings of the data."""
+    own: dict[str, Any] = json.loads(json.dumps(recipe))
+    own["shared"]["data"]["init_args"] |= row.get("data", {})
+    return own
+
+
 def keep(label: str, row: dict[str, Any]) -> None:
     """Adds a row to the results, and writes the table anew."""
     rows = {**cheaper_report.kept(RESULTS), label: row}
@@ -90,13 +129,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[], help="names of rows; none: all. The baseline is done in any case.")
     parser.add_argument("--show", action="store_true", help="only write the table again, from the rows that are there")
+    parser.add_argument("--time", action="store_true", help="only measure what a step of each kind takes, on a quiet machine")
     given = parser.parse_args()
     recipe = yaml.safe_load(RECIPE.read_text())
     known = [*recipe["rows"], *(f"{cheaper_report.BASELINE}{seed}" for seed in recipe["baseline"]["seeds"])]
     for name in given.only:
         if name not in known:
             parser.error(unknown_name("row", name, known))
-    if not given.show:
+    if given.time:
+        told = {"machine": machine(), "ratios": step_times(recipe)}
+        write_whole(RESULTS / cheaper_report.TIMES, (json.dumps(told, indent=1) + "\n").encode())
+    elif not given.show:
         target, budget = baseline(recipe)
         print(f"target: {100 * target:.1f} % robust for {budget:.3g} forward-equivalents", flush=True)
         config: Any = describe(recipe["shared"]["model"]["init_args"]["clip"]["name"], None).config
@@ -105,7 +148,7 @@ def main() -> None:
                 continue
             plan, steps = steps_of(row, recipe, config, config["vision_cfg"]["image_size"])
             own = {**row, "model": with_ends(row.get("model", {}), plan, steps)}
-            done = train_row(recipe, label, own, steps, 0, {"target": target, "budget": budget})
+            done = train_row(recipe, label, own, steps, 0, {"target": target, "budget": budget, "enough": row.get("enough", 1.0)})
             keep(label, {**done, "plan": plan, "model": row.get("model", {})})
             print(f"{label}: measured", flush=True)
     write_page(recipe)

@@ -1,9 +1,8 @@
-"""What training costs and what it brings: time and counted operations of the steps alone, and accuracies in between."""
+"""What training costs and what it brings: counted operations of the steps alone, and accuracies in between."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,9 @@ AT_ONCE = 250  # images of an evaluation
 
 
 class Meter(L.Callback):
-    """Every so many steps a mark: ``{step, images, seconds, cpu_seconds, cost, clean_accuracy, robust_accuracy}``, in ``marks.json``.
+    """Every so many steps a mark: ``{step, images, cost, clean_accuracy, robust_accuracy}``, in ``marks.json``.
 
-    ``seconds`` (monotonic clock) and ``cpu_seconds`` (of this process) are sums over the training steps: evaluations, checkpoints and
-    loading are left out. ``cost`` is in forwards of one image through the whole image tower: every forward in a step is counted where it
+    ``cost`` is in forwards of one image through the whole image tower: every forward in a step is counted where it
     happens, with the patches that it had, and the backward pass that follows from what needs a gradient is added by the cost model
     (``aft.clip.cost``). Other towers (a teacher, texts) are not counted. The sums lie in the checkpoint, so that steps which a kill
     cost are not counted twice.
@@ -34,17 +32,19 @@ class Meter(L.Callback):
     Args:
         every: steps between two marks.
         target: robust accuracy to reach; none: the run goes on to its end.
-        budget: ``cost`` at which accuracies are compared; a run that has reached the target goes on until it has spent that.
-        most: so many budgets end the run.
+        budget: ``cost`` of what the run is compared with.
+        enough: a run that has reached the target goes on until it has spent so many budgets.
+        most: so many end any run.
     """
 
-    def __init__(self, every: int = 50, target: float | None = None, budget: float | None = None, most: float = 3.0) -> None:
-        self.every, self.target, self.budget, self.most = every, target, budget, most
-        self.sums = {"seconds": 0.0, "cpu_seconds": 0.0, "cost": 0.0, "images": 0.0}
+    def __init__(
+        self, every: int = 50, target: float | None = None, budget: float | None = None, enough: float = 1.0, most: float = 3.0
+    ) -> None:
+        self.every, self.target, self.budget, self.enough, self.most = every, target, budget, enough, most
+        self.sums = {"cost": 0.0, "images": 0.0}
         self.marks: list[dict[str, float]] = []
         self.counting = False
         self.side, self.pixels_learn = 0, False
-        self.began = (0.0, 0.0)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listens to the image tower."""
@@ -74,12 +74,10 @@ class Meter(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """A step begins."""
-        self.counting, self.began = True, (time.monotonic(), time.process_time())
+        self.counting = True
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A step is over; where it is time, a mark, and the end of the run."""
-        self.sums["seconds"] += time.monotonic() - self.began[0]
-        self.sums["cpu_seconds"] += time.process_time() - self.began[1]
         self.sums["images"] += len(batch.images)
         self.counting = False
         if trainer.global_step % self.every == 0:
@@ -93,7 +91,7 @@ class Meter(L.Callback):
         if self.budget is None or not self.marks:
             return False
         reached = self.target is not None and any(mark["robust_accuracy"] >= self.target for mark in self.marks)
-        return self.marks[-1]["cost"] >= self.budget * (1.0 if reached else self.most)
+        return self.marks[-1]["cost"] >= self.budget * (self.enough if reached else self.most)
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and marks."""

@@ -28,7 +28,7 @@ from aft.clip import ModelSpec, load_model
 from aft.clip.pack import pack_tower
 from aft.errors import unknown_name
 from bench import methods_report
-from bench.runs import HERE, Method, fit, run
+from bench.runs import HERE, Method, fit, images_a_second, run
 
 RECIPE = HERE / "bench" / "methods_table.yaml"
 RUNS = HERE / "runs" / "methods_table"
@@ -69,12 +69,6 @@ def search(recipe: dict[str, Any], method: Method) -> tuple[float, dict[str, Any
         tried[f"{lr:g}"] = held_out(recipe, method, folder)
     best = max(tried, key=lambda lr: tried[lr]["clean_accuracy"] + tried[lr]["robust_accuracy"])
     return float(best), tried
-
-
-def images_a_second(folder: Path) -> float:
-    """Median of what the run logged."""
-    speeds = [float(word.split()[-1]) for word in (folder / "log.txt").read_text().split("\n") if "images_per_second" in word]
-    return statistics.median(speeds)
 
 
 def relative_costs(recipe: dict[str, Any], methods: list[Method]) -> dict[str, float]:

@@ -67,7 +67,7 @@ def estimate(
         most: times the baseline's cost that a row could spend.
     """
     of_a_step = with_text(planned(parts, config), 1, config)
-    mark = None if row is None or yard is None else reached(row["marks"], yard.robust, most * yard.cost)
+    mark = None if row is None or yard is None else reached(row["marks"], yard.robust, most * yard.cost, by="cost")
     if mark is None or row is None or yard is None:
         return Estimate(of_a_step, PAIRS * of_a_step)
     whole = with_text(spent(parts, config, mark["step"], row["plan"]), mark["step"], config) * row["batch"]
@@ -75,7 +75,7 @@ def estimate(
 
 
 def estimates(recipe: Mapping[str, Any], results: Path) -> dict[str, Estimate]:
-    """Of plain pre-training, of the baseline, and of every row of the recipe."""
+    """Of plain pre-training, of the baseline, and of every row of the recipe that changes operations."""
     config, rows = open_clip.get_model_config(TOWER), kept(results)
     attack = recipe["shared"]["model"]["init_args"]["attack"]["init_args"]["steps"]
     side = 32  # MiniCLIP's, which the recipe's resolutions are shares of
@@ -83,6 +83,8 @@ def estimates(recipe: Mapping[str, Any], results: Path) -> dict[str, Estimate]:
     found = {"no attack": estimate(plain, config), "baseline": estimate(base, config)}
     yard = Yardstick.of(rows)
     for name, row in recipe["rows"].items():
+        if "trainer" in row:  # precision: as many operations, and both rates are those of half precision already
+            continue
         found[name] = estimate(parts_of(row.get("model", {}), attack, side), config, rows.get(name), yard, recipe["most"])
     return found
 

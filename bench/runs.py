@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -52,6 +53,12 @@ def fit(
     run("train.py", "fit", "-c", str(folder / "recipe.yaml"), "--ckpt_path", "last", log=folder / "log.txt")
     (folder / "done").touch()
     return checkpoint
+
+
+def images_a_second(folder: Path) -> float:
+    """Median of what the run logged."""
+    speeds = [float(word.split()[-1]) for word in (folder / "log.txt").read_text().split("\n") if "images_per_second" in word]
+    return statistics.median(speeds)
 
 
 def run(*arguments: str, log: Path) -> None:

@@ -70,9 +70,14 @@ def planned(parts: Sequence[Part], config: Mapping[str, Any]) -> float:
 
 def spent(parts: Sequence[Part], config: Mapping[str, Any], steps: float, plan: float) -> float:
     """Operations of the first ``steps`` steps, for one image each, in a run whose plan has ``plan`` steps."""
+    return summed([part.operations(config) for part in parts], parts, steps, plan)
+
+
+def summed(of_a_step: Sequence[float], parts: Sequence[Part], steps: float, plan: float) -> float:
+    """What the first ``steps`` steps take, where a step of each kind takes ``of_a_step``."""
     total, before = 0.0, 0.0
-    for part in parts:
+    for one, part in zip(of_a_step, parts, strict=True):
         end = min(steps, max(before, round(part.until * plan) if part.until <= 1 else steps))
-        total += (end - before) * part.operations(config)
+        total += (end - before) * one
         before = end
     return total

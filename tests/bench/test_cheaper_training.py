@@ -61,7 +61,7 @@ def test_the_meter_counts_what_the_cost_model_says(settings: dict[str, Any], par
     run(tmp_path, meter, 4, **settings)
     expected = 4 * 8 * part.operations(CONFIG) / vit_cost(CONFIG).forward
     assert meter.sums["cost"] == pytest.approx(expected, rel=1e-9) and meter.sums["images"] == 32
-    assert [mark["step"] for mark in meter.marks] == [2, 4] and meter.sums["seconds"] > 0
+    assert [mark["step"] for mark in meter.marks] == [2, 4]
     assert json.loads((tmp_path / MARKS).read_text()) == meter.marks
 
 
@@ -78,8 +78,7 @@ def test_a_resumed_meter_is_an_uninterrupted_one(tmp_path: Path) -> None:
     run(tmp_path / "parts", Meter(every=2), 3)
     meter = Meter(every=2)
     run(tmp_path / "parts", meter, 4, next((tmp_path / "parts").glob("*step=2.ckpt")))
-    for one, other in zip(whole.marks, meter.marks, strict=True):
-        assert {k: v for k, v in one.items() if "seconds" not in k} == {k: v for k, v in other.items() if "seconds" not in k}
+    assert whole.marks == meter.marks
 
 
 def test_the_evaluation_changes_nothing(tmp_path: Path) -> None:
@@ -89,35 +88,73 @@ def test_the_evaluation_changes_nothing(tmp_path: Path) -> None:
 
 
 def marks(*robust: float, cost: float = 1.0) -> list[dict[str, float]]:
-    """One mark a budget tenth, a second and a hundred images a unit of cost."""
-    return [{"step": 50.0 * k, "images": 100.0 * k * cost, "seconds": k * cost, "cpu_seconds": 2 * k * cost, "cost": k * cost,
-             "clean_accuracy": 0.3, "robust_accuracy": value} for k, value in enumerate(robust, 1)]  # fmt: skip
+    """One mark a hundred steps, a hundred images a unit of cost."""
+    return [{"step": 100.0 * k, "images": 100.0 * k * cost, "cost": k * cost, "clean_accuracy": 0.3, "robust_accuracy": value}
+            for k, value in enumerate(robust, 1)]  # fmt: skip
 
 
 def test_when_a_run_is_over() -> None:
-    """Reached and as much spent as the baseline, or three times as much."""
+    """Reached and as much spent as the baseline (or as is enough), or three times as much."""
     meter = Meter(target=0.2, budget=4.0)
     for robust, over in [((0.1,) * 4, False), ((0.1, 0.25, 0.1), False), ((0.1, 0.25, 0.1, 0.1), True), ((0.1,) * 12, True)]:
         meter.marks = marks(*robust)
         assert meter.over() == over
+    meter = Meter(target=0.2, budget=4.0, enough=1.5)
+    for count, over in ((5, False), (6, True)):
+        meter.marks = marks(*[0.3] * count)
+        assert meter.over() == over
 
 
 def test_rows_are_ranked_by_their_evaluations(tmp_path: Path) -> None:
-    """The target is the baseline's mean end; first crossing, equal cost, not reached, warnings."""
+    """The target is the baseline's mean end; first crossing, equal time, not reached, warnings; forwards stand for a time not measured."""
+    plain: dict[str, Any] = {"plan": 400, "model": {}, "warned": []}
+    late = {"phases": [{"until": 0.5, "attack": {"steps": 1}}]}
     rows = {
-        "tecoa_seed0": {"marks": marks(0.1, 0.18, 0.19, 0.18), "warned": []},
-        "tecoa_seed1": {"marks": marks(0.1, 0.15, 0.18, 0.22), "warned": []},
-        "free_4": {"marks": marks(0.1, 0.21, cost=0.5), "warned": []},
-        "fgsm": {"marks": marks(*[0.1] * 12, 0.5), "warned": ["catastrophic overfitting at step 100"]},
+        "tecoa_seed0": {**plain, "marks": marks(0.1, 0.18, 0.19, 0.18)},
+        "tecoa_seed1": {**plain, "marks": marks(0.1, 0.15, 0.18, 0.22)},
+        "free_4": {**plain, "marks": marks(0.1, 0.21, cost=0.5)},
+        "late_strength": {**plain, "model": late, "marks": marks(0.1, 0.19, 0.21, 0.21, 0.21)},
+        "fgsm": {**plain, "marks": marks(*[0.1] * 12, 0.5), "warned": ["catastrophic overfitting at step 100"]},
     }
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     recipe = yaml.safe_load(cheaper_training.RECIPE.read_text())
-    page = cheaper_report.page(recipe, tmp_path)
-    table = [text.split(" | ") for text in page.splitlines() if text.startswith("| ")][1:]
-    assert [cells[0] for cells in table] == ["| free_4", "| tecoa_seed1", "| tecoa_seed0", "| fgsm"]
-    assert table[0][2:6] == ["0.25", "0.25", "0.25", "0.25"] and table[1][2] == "1.00"
-    assert table[2][2] == table[3][2] == "not reached" and "catastrophic overfitting at step 100" in table[3][-1]
-    assert "20.0 % robust accuracy (mean of 2 seeds" in page and table[1][6].startswith("22.0 ±")
+
+    def table() -> list[list[str]]:
+        """Its cells."""
+        page = cheaper_report.page(recipe, tmp_path)
+        assert "20.0 % robust accuracy (mean of 2 seeds" in page
+        return [text.split(" | ") for text in page.splitlines() if text.startswith("| ")][1:]
+
+    found = table()
+    assert [cells[0] for cells in found] == ["| free_4", "| late_strength", "| tecoa_seed1", "| tecoa_seed0", "| fgsm"]
+    assert found[0][2:5] == ["0.25", "0.25", "0.25"] and found[2][2] == "1.00" and found[2][5].startswith("22.0 ±")
+    assert found[3][2] == found[4][2] == "not reached" and "catastrophic overfitting at step 100" in found[4][-1]
+    assert "Not timed yet" in cheaper_report.page(recipe, tmp_path)
+
+    ratios = {name: [1.0] * (1 + len(row.get("model", {}).get("phases", []))) for name, row in recipe["rows"].items()}
+    (tmp_path / "times.json").write_text(json.dumps({"ratios": {**ratios, "free_4": [1.8], "late_strength": [0.4, 1.2]}}))
+    found = table()
+    assert [cells[0] for cells in found] == ["| late_strength", "| free_4", "| tecoa_seed1", "| tecoa_seed0", "| fgsm"]
+    assert found[0][2] == "0.50", "two hundred cheap steps, one hundred dear ones, of four hundred"
+    assert found[1][2:4] == ["0.90", "0.25"] and found[1][-2] == "1.80"
+    assert "Not timed yet" not in cheaper_report.page(recipe, tmp_path)
+
+
+def test_each_kind_of_steps_is_timed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A phase for a whole run, and what comes after it; ratios over the baseline's step, medians of rounds."""
+    late = {"phases": [{"until": 0.7, "clean": True}], "warm_start": {}}
+    recipe = {"timing": {"rounds": 3, "steps": 8}, "rows": {"late": {"model": late}}}
+    asked: list[dict[str, Any]] = []
+    given = iter([2.0, 1.0, 2.0, 4.0, 1.0, 4.0, 1.0, 3.0, 1.0])
+
+    def seconds(recipe: Any, label: str, row: Any, model: dict[str, Any]) -> float:
+        """As the clock might say."""
+        asked.append(model)
+        return next(given)
+
+    monkeypatch.setattr(cheaper_training, "seconds_of_a_step", seconds)
+    assert cheaper_training.step_times(recipe) == {"baseline": [1.0], "late": [0.5, 1.0]}
+    assert asked[:3] == [{}, {"phases": [{"until": 1.0, "clean": True}], "warm_start": {}}, {"warm_start": {}}]
 
 
 @pytest.mark.parametrize("label", yaml.safe_load(cheaper_training.RECIPE.read_text())["rows"])

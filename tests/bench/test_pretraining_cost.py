@@ -44,7 +44,7 @@ def test_what_was_measured_counts_images_and_phases(tmp_path: Path) -> None:
 
     def row(step: int, cost: float, robust: float, plan: int) -> dict[str, Any]:
         """One evaluation."""
-        mark = {"step": step, "images": 128.0 * step, "seconds": 1.0, "cpu_seconds": 1.0, "cost": cost, "clean_accuracy": 0.3,
+        mark = {"step": step, "images": 128.0 * step, "cost": cost, "clean_accuracy": 0.3,
                 "robust_accuracy": robust}  # fmt: skip
         return {"marks": [mark], "plan": plan, "batch": 128, "warned": []}
 
