@@ -13,6 +13,7 @@ import json
 import math
 import re
 import statistics
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -131,7 +132,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="only write the table again, from the rows that are there")
     parser.add_argument("--time", action="store_true", help="only measure what a step of each kind takes, on a quiet machine")
     given = parser.parse_args()
-    recipe = yaml.safe_load(RECIPE.read_text())
+    recipe, failed = yaml.safe_load(RECIPE.read_text()), list[str]()
     known = [*recipe["rows"], *(f"{cheaper_report.BASELINE}{seed}" for seed in recipe["baseline"]["seeds"])]
     for name in given.only:
         if name not in known:
@@ -148,10 +149,16 @@ def main() -> None:
                 continue
             plan, steps = steps_of(row, recipe, config, config["vision_cfg"]["image_size"])
             own = {**row, "model": with_ends(row.get("model", {}), plan, steps)}
-            done = train_row(recipe, label, own, steps, 0, {"target": target, "budget": budget, "enough": row.get("enough", 1.0)})
+            try:
+                done = train_row(recipe, label, own, steps, 0, {"target": target, "budget": budget, "enough": row.get("enough", 1.0)})
+            except SystemExit as error:  # its own; the others go on
+                failed.append(f"{label}: {error}")
+                continue
             keep(label, {**done, "plan": plan, "model": row.get("model", {})})
             print(f"{label}: measured", flush=True)
     write_page(recipe)
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -9,7 +11,7 @@ import yaml
 from aft.attacks import margin
 from aft.batch import EvaluationSet
 from aft.clip.stages import encode_in_stages
-from aft.defenses import DEFENSES, DefenseSpec, defend
+from aft.defenses import DEFENSES, DefenseSpec, defend, settings_of
 from aft.errors import ConfigError
 from bench import calibrate_defenses as bench
 from tests.conftest import MemoryData
@@ -167,3 +169,18 @@ def test_the_recipe_names_what_there_is():
     for name, candidates in given.items():
         assert 1 <= len(candidates) <= bench.MOST_CANDIDATES
         assert [DefenseSpec(name, settings).name for settings in candidates]
+
+
+def test_the_committed_choice_is_the_rule_s_and_the_table_s():
+    """``calibration.json`` holds what the rule makes of its own rows; the table of defences measures those settings.
+
+    Beside them stand what was chosen without an attack (TTC's threshold, AOM's sigma) and what is no candidate's (the gate's tower, priors,
+    AOM's copies); the released CLIPure is as published.
+    """
+    recipe, told = yaml.safe_load(bench.RECIPE.read_text()), json.loads(bench.OUT.read_text())["with_attack"]
+    assert told["chosen"] == bench.chosen(told["rows"], recipe["attacked"]["clean_loss"])
+    beside = {"ttc": {"threshold", "gate_model"}, "aom": {"sigma", "samples"}, "clipure_diff": {"prior"}}
+    table = yaml.safe_load((bench.HERE / "configs" / "eval" / "defenses_table.yaml").read_text())["defenses"]
+    for name in table.keys() - {"clipure_cos_release"}:
+        settings = {key: value for key, value in table[name].get("settings", {}).items() if key not in beside.get(name, ())}
+        assert {**settings_of(name), **settings} == {**settings_of(name), **told["chosen"][name]}, name

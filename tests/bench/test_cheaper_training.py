@@ -179,3 +179,21 @@ def test_a_row_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, capsy
     with pytest.raises(SystemExit):
         cheaper_training.main()
     assert "did you mean 'fgsm'" in capsys.readouterr().err
+
+
+def test_a_row_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest is measured; the end names it."""
+    monkeypatch.setattr(cheaper_training, "RESULTS", tmp_path)
+    monkeypatch.setattr(cheaper_training, "baseline", lambda recipe: (0.2, 100.0))
+
+    def train(recipe: Any, label: str, *given: Any) -> dict[str, Any]:
+        """One fails."""
+        if label == "fgsm":
+            raise SystemExit("out of memory")
+        return {"marks": marks(0.1), "warned": []}
+
+    monkeypatch.setattr(cheaper_training, "train_row", train)
+    monkeypatch.setattr("sys.argv", ["cheaper_training", "--only", "fgsm", "free_2"])
+    with pytest.raises(SystemExit, match="fgsm: out of memory"):
+        cheaper_training.main()
+    assert list(cheaper_report.kept(tmp_path)) == ["free_2"]
