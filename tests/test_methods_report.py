@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+from aft import cards
 from aft.errors import DataError
 from bench import methods_report, methods_table
 
@@ -22,7 +24,10 @@ def put(folder: Path, protocol: str, eps: float | None, accuracy: float, **chang
     card["threat"] = None if eps is None else {**card["threat"], "eps": eps / 255}
     card["clean_accuracy" if eps is None else "robust_accuracy"] = accuracy
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{protocol}-{eps}.json").write_text(json.dumps(card))
+    path = folder / f"{protocol}-{eps}.json"
+    path.write_text(json.dumps(card))
+    right = np.arange(card["data"]["n"]) < round(accuracy * card["data"]["n"])
+    cards.write_arrays(path.with_suffix(".npz"), {"clean": right, "right": right[:, None]})
 
 
 def put_run(results: Path, label: str, clean: float, apgd: float, pgd: float) -> None:
@@ -59,6 +64,23 @@ def test_differences_inside_the_noise_are_not_ranked(results: Path) -> None:
     assert "25.0 ± 1.9 ↓ | 23.0 ± 1.9 ↑" in lines["far"]
 
 
+def test_a_difference_that_other_images_would_undo_is_not_ranked(results: Path) -> None:
+    """Three points are nothing where a fifth of the images changed sides: twice the standard error is above them."""
+    path = results / "cards" / "far_seed0" / "apgd-2.npz"
+    told = cards.read_arrays(path)
+    cards.write_arrays(path, {name: column[::-1].copy() for name, column in told.items()})
+    assert "25.0 ± 1.9 ↓ | 23.0 ± 1.9 |" in lines_of(results)["far"]
+
+
+def test_two_cards_of_one_figure_are_refused(results: Path) -> None:
+    """None of them silently wins."""
+    folder = results / "cards" / "far_seed0"
+    for suffix in (".json", ".npz"):
+        (folder / f"again{suffix}").write_bytes((folder / f"apgd-2{suffix}").read_bytes())
+    with pytest.raises(DataError, match="another card of far_seed0 is of 2/255 on cifar10"):
+        methods_report.page(RECIPE, results)
+
+
 def test_a_large_gap_is_marked(results: Path) -> None:
     lines = lines_of(results)
     assert "| 4.0 (!) |" in lines["far"] and "(!)" not in lines["near"]
@@ -79,7 +101,7 @@ def test_sentences_follow_from_the_figures(results: Path) -> None:
         "`far` is above TeCoA by 3.0 points (2/255); for clean it does not help here: below by 5.0 points (clean).",
         "`high` is above TeCoA by 4.0 points (2/255), and nowhere told apart below.",
         "`low` does not help here: below TeCoA by 3.0 points (clean), and nowhere told apart above.",
-        "Not told apart from TeCoA (less than twice that): `near`.",
+        "Not told apart from TeCoA: `near`.",
         "PGD is more than 3 points above APGD, so that PGD alone would flatter: `far` (4.0 at 2/255).",
     ]
 
