@@ -1,12 +1,16 @@
-"""Runs of train.py that the tables share: one recipe, one row's method, resumable."""
+"""Programs that are run to be measured: in a session of their own, or train.py with one recipe and one row's method, resumable."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,42 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).resolve().parents[1]
+
+
+def to_the_end(command: Sequence[str], limit: float, env: dict[str, str] | None = None) -> str:
+    """Runs a command of this project in a session of its own; gives what it said, both of its streams together.
+
+    When it has ended, or after ``limit`` seconds, every process of its session is killed: none that it started outlives it.
+
+    Args:
+        command: program and arguments.
+        limit: seconds.
+        env: of the environment, what is not as here.
+
+    Raises:
+        RuntimeError: it failed; the first line says which and how, the end of its output is below.
+        TimeoutError: it was killed after the limit; the same.
+    """
+    around = {**os.environ, "PYTHONPATH": str(HERE), **(env or {})}
+    with tempfile.TemporaryFile() as output:  # a pipe would stay open as long as one of its children lives
+        process = subprocess.Popen(command, cwd=HERE, env=around, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            late = process.poll() is None
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        said = output.read().decode(errors="replace")
+    name = " ".join(command[1:5])
+    if late:
+        raise TimeoutError(f"{name} was killed after {limit:g} s:\n{said[-3000:]}")
+    if process.returncode:
+        raise RuntimeError(f"{name} ended with {process.returncode}:\n{said[-3000:]}")
+    return said
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,9 +23,11 @@ import torch
 from aft.cards import write_whole
 from aft.clip.cost import vit_cost
 from bench.machine import fill, machine, ratios, spread, table
+from bench.runs import to_the_end
 from bench.scaling_model import Network, Step, buckets_of, sent
 
 ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 3600  # seconds of the two processes
 OUT, PAGE = ROOT / "results" / "scaling.json", ROOT / "docs" / "scaling.md"
 
 # Assumptions about GPUs, none of them measured here.
@@ -41,15 +42,8 @@ ATTACK_STEPS = (0, 2, 10)
 
 
 def run_two(folder: Path, quick: bool) -> dict[str, Any]:
-    """Runs the two processes; what both found, the steps of each as the slower one took them.
-
-    Raises:
-        RuntimeError: they failed; with what they said.
-    """
-    command = [sys.executable, "-m", "bench.scaling_two", str(folder), *(["--quick"] if quick else [])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the two processes failed:\n{(done.stderr or done.stdout)[-3000:]}")
+    """Runs the two processes; what both found, the steps of each as the slower one took them."""
+    to_the_end([sys.executable, "-m", "bench.scaling_two", str(folder), *(["--quick"] if quick else [])], LIMIT)
     first, second = (json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
     for k, kinds in first["steps"].items():
         for kind, seconds in kinds.items():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,12 +21,14 @@ from torch.utils.data import DataLoader
 from aft.batch import Batch
 from aft.methods import OptimizerSpec, TeCoA
 from aft.methods.distributed import leave_process_group
+from bench.runs import to_the_end
 from bench.speed.row import Effort, Found, NotHere, ratios
-from bench.speed.setting import MINI, ROOT, WARM, MadeUp, tiny
+from bench.speed.setting import MINI, WARM, MadeUp, tiny
 from bench.speed.training import ADAMW, attack_of
 from train import DDP
 
 GLOBAL_BATCH = 64
+LIMIT = 600  # seconds of a job
 
 
 class Split(MadeUp):
@@ -92,15 +93,8 @@ JOBS = {"gradient": gradient, "pace": pace}
 
 
 def start(job: str, processes: int, folder: Path, steps: int = 1) -> None:
-    """Runs a job to its end.
-
-    Raises:
-        RuntimeError: it failed; with what it said.
-    """
-    command = [sys.executable, "-m", "bench.speed.processes", job, str(processes), str(folder), str(steps)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
+    """Runs a job to its end, both processes of it."""
+    to_the_end([sys.executable, "-m", "bench.speed.processes", job, str(processes), str(folder), str(steps)], LIMIT)
 
 
 def same_gradients(effort: Effort) -> Found:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -14,11 +12,13 @@ from typing import Any
 
 import lightning as L
 
+from bench.runs import to_the_end
 from bench.speed.row import Effort, Found
-from bench.speed.setting import ROOT
 
 #: When this module is imported: by the command line's parser, so once train.py has imported all that it needs.
 IMPORTED = time.time()
+#: Seconds of a run.
+LIMIT = 300
 #: Stretches of a start, by the stamp that ends each.
 STRETCHES = {
     "imported": "imports", "built": "parser, model and callbacks", "set_up": "data, class texts, trainer", "trains": "optimiser, loader",
@@ -83,9 +83,7 @@ def run(steps: int, folder: Path) -> dict[str, Any]:
                "--trainer.limit_val_batches", "0", "--checkpoint.monitor", "null", "--trainer.default_root_dir", str(file.with_suffix("")),
                "--trainer.callbacks+=bench.speed.startup.FirstStep", "--trainer.callbacks.file", str(file)]  # fmt: skip
     started = time.time()
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
+    to_the_end(command, LIMIT)
     told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     told["stamps"]["started"] = started
     return told
@@ -107,9 +105,9 @@ def start_up(effort: Effort) -> Found:
 
 def imports(most: int = 10) -> dict[str, float]:
     """Seconds that the modules of each package take when train.py is imported, without what they import; the dearest packages."""
-    done = subprocess.run([sys.executable, "-X", "importtime", "-c", "import train"], cwd=ROOT, capture_output=True, text=True, check=True)
+    said = to_the_end([sys.executable, "-X", "importtime", "-c", "import train"], LIMIT)
     spent: dict[str, float] = {}
-    for line in done.stderr.splitlines():
+    for line in said.splitlines():
         if (found := IMPORT.match(line)) is not None:
             package = found["module"].partition(".")[0]
             spent[package] = spent.get(package, 0.0) + int(found["own"]) / 1e6
