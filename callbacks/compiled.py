@@ -24,6 +24,9 @@ class Compiled(L.Callback):
     steps it says how much longer the first one took, and logs it as ``speed/compile_seconds``. Names of parameters, checkpoints and the
     text tower stay as they are; a last batch of another size is compiled anew, so let the loader drop it.
 
+    On CPUs where fp32 products go to oneDNN (``aft.clip.matmul``) compiled code multiplies by torch's own, which are slower there: it calls
+    ``mm.out`` and ``addmm.out``, which are not replaced. A step can then come out slower than without this callback.
+
     Args:
         backend: of torch.compile; ``inductor`` needs a C++ compiler (CPU) or Triton (GPU).
         mode: of inductor, such as ``max-autotune``; none: its default.

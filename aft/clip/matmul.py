@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +42,23 @@ def use_torch() -> None:
     """Takes :func:`use_onednn` back."""
     while _libraries:
         _libraries.pop()._destroy()
+
+
+def products() -> Literal["onednn", "torch"]:
+    """Whose kernels large fp32 products of this process's CPU go to now."""
+    return "onednn" if _libraries else "torch"
+
+
+@contextmanager
+def torchs_products() -> Iterator[None]:
+    """Torch's own products inside, and afterwards what was there before."""
+    before = products()
+    use_torch()
+    try:
+        yield
+    finally:
+        if before == "onednn":
+            use_onednn()
 
 
 def wanted() -> bool:

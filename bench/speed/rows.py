@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.speed import counts, evaluation, processes, startup, tricks
+from bench.speed import compilation, counts, evaluation, processes, startup, tricks
 from bench.speed.row import Row, Target
 from bench.speed.setting import BASE, MINI, tiny
 from bench.speed.training import bound, extra_pass, text_each_step
@@ -39,11 +39,11 @@ ROWS: tuple[Row, ...] = (
     Row("two_gradients", "two processes against one: largest difference of gradients / largest entry, float64",
         processes.same_gradients, Target("at most", 1e-10)),
     Row("two_overhead", "a step of two processes / of one alone with as many images a process", processes.overhead),
-    Row("folded", "attack's pass with torch's attention / with ours, MiniCLIP-32", tricks.folded(MINI, 64, 20)),
+    Row("folded", "attack's pass with torch's attention / with ours, MiniCLIP-32, torch's products", tricks.folded(MINI, 64, 20)),
     Row("folded_b32", "the same, ViT-B/32, batch 8", tricks.folded(BASE, 8, 5)),
     Row("onednn", "attack's pass, fp32 products of torch / by oneDNN, MiniCLIP-32", tricks.onednn),
     Row("bf16", "attack's pass, fp32 / bf16 autocast, MiniCLIP-32", tricks.bf16),
     Row("channels_last", "training pass of a ResNet-50, usual order / channels last", tricks.channels_last),
     Row("fused", "AdamW's step by default / fused, weights of a ViT-B/32", tricks.fused),
-    Row("compiled", "attack's pass, eager / compiled, MiniCLIP-32", tricks.compiled),
+    Row("compiled", "attack's pass, eager / compiled, MiniCLIP-32, torch's products", compilation.compiled),
 )  # fmt: skip

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from aft.clip import ModelSpec, load_model
 from aft.clip.attention import FoldedAttention
-from aft.clip.matmul import use_onednn, use_torch
+from aft.clip.matmul import products, torchs_products, use_onednn, use_torch
 from aft.clip.weights import build_clip, describe
 from bench.speed.row import Effort, Found, NotHere, ratios
 from bench.speed.setting import BASE, MINI, WARM
@@ -22,12 +22,24 @@ from bench.speed.setting import BASE, MINI, WARM
 Pass = Callable[[], object]
 
 
-def without_over_with(without: Pass, with_it: Pass, effort: Effort, wanted: int, told: dict[str, object]) -> Found:
-    """Seconds of both in turn, each first every second time; above 1: it pays."""
+def without_over_with(
+    without: Pass, with_it: Pass, effort: Effort, wanted: int, told: dict[str, object], before: Mapping[str, Pass] | None = None
+) -> Found:
+    """Seconds of both in turn, each first every second time; above 1: it pays.
+
+    Args:
+        without, with_it: one pass of each.
+        effort: may cut down the repeats.
+        wanted: repeats.
+        told: what else is to be known.
+        before: what to do before each pass ``without`` or ``with``, which is not timed.
+    """
     seconds: dict[str, list[float]] = {"without": [], "with": []}
     runs = {"without": without, "with": with_it}
     for turn in range(effort.repeats(wanted) + WARM):
         for name in sorted(runs, reverse=bool(turn % 2)):
+            if before is not None:
+                before[name]()
             began = time.perf_counter()
             runs[name]()
             if effort.device == "cuda":
@@ -56,7 +68,7 @@ def training_pass(tower: nn.Module, images_BCHW: Tensor) -> None:
 
 
 def folded(clip: ModelSpec, batch_size: int, repeats: int) -> Callable[[Effort], Found]:
-    """Torch's own attention against :class:`aft.clip.attention.FoldedAttention`, in the pass of an attack."""
+    """Torch's own attention against :class:`aft.clip.attention.FoldedAttention`, in the pass of an attack; torch's products on both."""
 
     def measure(effort: Effort) -> Found:
         """Both towers frozen."""
@@ -66,8 +78,10 @@ def folded(clip: ModelSpec, batch_size: int, repeats: int) -> Callable[[Effort],
             if isinstance(module, FoldedAttention):
                 module.__class__ = nn.MultiheadAttention
         images_BCHW = torch.rand(batch_size, 3, side, side, device=effort.on)
-        told: dict[str, object] = {"model": clip.name, "batch_size": batch_size}
-        return without_over_with(lambda: attack_pass(torchs, images_BCHW), lambda: attack_pass(ours, images_BCHW), effort, repeats, told)
+        with torchs_products():
+            told: dict[str, object] = {"model": clip.name, "batch_size": batch_size, "products": products()}
+            passes = (lambda: attack_pass(torchs, images_BCHW)), (lambda: attack_pass(ours, images_BCHW))
+            return without_over_with(*passes, effort, repeats, told)
 
     return measure
 
@@ -79,29 +93,13 @@ def onednn(effort: Effort) -> Found:
     tower, side = tower_of(MINI, effort)
     images_BCHW = torch.rand(64, 3, side, side)
 
-    def torchs() -> None:
-        """Without; switching takes microseconds."""
-        use_torch()
+    def one_pass() -> None:
+        """The same on both sides."""
         attack_pass(tower, images_BCHW)
-        use_onednn()
 
-    return without_over_with(torchs, lambda: attack_pass(tower, images_BCHW), effort, 20, {"model": MINI.name, "batch_size": 64})
-
-
-def compiled(effort: Effort) -> Found:
-    """Eager against ``torch.compile`` in the pass of an attack; ``compile_seconds`` is what the first pass took longer."""
-    eager, side = tower_of(MINI, effort)
-    fast = copy.deepcopy(eager)
-    fast.compile()
-    images_BCHW = torch.rand(64, 3, side, side, device=effort.on)
-    began = time.perf_counter()
-    try:
-        attack_pass(fast, images_BCHW)
-    except Exception as error:  # no C++ compiler, no Triton: torch raises many kinds
-        raise NotHere(f"torch.compile does not work here ({type(error).__name__})") from error
-    first = time.perf_counter() - began
-    found = without_over_with(lambda: attack_pass(eager, images_BCHW), lambda: attack_pass(fast, images_BCHW), effort, 20, {})
-    return Found(found.values, found.parts, {"model": MINI.name, "batch_size": 64, "compile_seconds": first - found.parts["with"][-1]})
+    with torchs_products():  # what was there before comes back, whatever happens
+        told: dict[str, object] = {"model": MINI.name, "batch_size": 64, "products": "torch without, onednn with"}
+        return without_over_with(one_pass, one_pass, effort, 20, told, {"without": use_torch, "with": use_onednn})
 
 
 def bf16(effort: Effort) -> Found:

@@ -148,3 +148,18 @@ def test_taking_it_back_takes_it_back(calls: list[Any]) -> None:
     matmul.use_onednn()
     torch.mm(left, right)
     assert len(calls) == 2
+
+
+def test_torchs_own_for_a_while(calls: list[Any]) -> None:
+    """Inside torch's, afterwards what was there before, also after an error and one inside the other."""
+    with pytest.raises(ZeroDivisionError), matmul.torchs_products():
+        with matmul.torchs_products():
+            assert matmul.products() == "torch"
+        assert matmul.products() == "torch"
+        torch.mm(made(40, 40), made(40, 40))
+        _ = 1 / 0
+    assert matmul.products() == "onednn" and not calls
+    matmul.use_torch()
+    with matmul.torchs_products():
+        pass
+    assert matmul.products() == "torch"
