@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aft.cards import write_whole
+from aft.clip.matmul import products
 from aft.errors import DataError
 from aft.evaluation import origin
 from bench.speed.row import Effort, Found, Row, middle_half
@@ -22,7 +23,7 @@ from bench.speed.row import Effort, Found, Row, middle_half
 SCHEMA = "aft.bench/1"
 COLUMNS = 80
 #: What must be the same where rows of two starts stand in one file.
-PLACE = ("machine", "versions", "threads", "device")
+PLACE = ("machine", "versions", "threads", "device", "products")
 
 
 def machine() -> dict[str, Any]:
@@ -40,7 +41,7 @@ def head(effort: Effort) -> dict[str, Any]:
     """All that is the same for every row of a start."""
     return {
         "schema": SCHEMA, "machine": machine(), "versions": origin.versions(), "threads": torch.get_num_threads(),
-        "device": effort.device, "quick": effort.quick,
+        "device": effort.device, "products": products(), "quick": effort.quick,
     }  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def older(path: Path, start: Mapping[str, Any], names: Iterable[str]) -> list[dict[str, Any]]:
-    """Rows of an earlier start that stay beside ``names``: those of the same machine, versions, threads and device.
+    """Rows of an earlier start that stay beside ``names``: those of the same machine and setting (``PLACE``).
 
     Raises:
         DataError: the file is of another machine or setting, so that the rows do not belong into one table.
@@ -90,7 +91,7 @@ def older(path: Path, start: Mapping[str, Any], names: Iterable[str]) -> list[di
     if not path.exists():
         return []
     before = read(path)
-    differs = [key for key in (*PLACE, "quick") if before[key] != start[key]]
+    differs = [key for key in (*PLACE, "quick") if before.get(key) != start[key]]
     if differs:
         raise DataError(
             f"{path} was measured with another {', '.join(differs)}: measure all rows, or give --out FILE for these."
@@ -148,8 +149,8 @@ def page(told: Mapping[str, Any]) -> str:
     """The same as Markdown, with the machine above it."""
     place = told["machine"]
     lines = [
-        f"{place['cpu']}, {place['cores']} cores, {told['threads']} threads; {place['accelerator'] or 'no GPU'}; torch "
-        f"{told['versions']['torch']}, Python {told['versions']['python']}."
+        f"{place['cpu']}, {place['cores']} cores, {told['threads']} threads; {place['accelerator'] or 'no GPU'}; fp32 products by "
+        f"{told['products']}; torch {told['versions']['torch']}, Python {told['versions']['python']}."
         + (" A quick run, too short for figures." if told["quick"] else ""),
         "",
         f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS),

@@ -125,6 +125,18 @@ def test_rows_of_two_machines_are_not_put_into_one_table(tmp_path: Path) -> None
         record.older(out, start, ["calls"])
 
 
+def test_rows_by_other_products_are_not_put_into_one_table(tmp_path: Path) -> None:
+    """oneDNN's are twice as fast as torch's on some CPUs; a file that does not say whose it has is refused as well."""
+    out, start = tmp_path / "bench.json", record.head(Effort())
+    assert start["products"] in ("onednn", "torch")
+    record.write(out, {**start, "products": "other"}, [], [])
+    with pytest.raises(DataError, match="another products"):
+        record.older(out, start, ["calls"])
+    record.write(out, {key: value for key, value in start.items() if key != "products"}, [], [])
+    with pytest.raises(DataError, match="another products"):
+        record.older(out, start, ["calls"])
+
+
 def test_a_row_that_cannot_be_measured_says_why() -> None:
     def nothing(effort: Effort) -> Found:
         raise NotHere("no such package")
