@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,13 +54,21 @@ def chosen(only: Sequence[str] | None) -> list[Row]:
 
 
 def measure(row: Row, effort: Effort) -> dict[str, Any]:
-    """One row of the file."""
+    """One row of the file; one that fails is told as one that is missing, and ends nothing else."""
     load, began = os.getloadavg()[0], time.perf_counter()
     try:
         found = row.measure(effort)
     except NotHere as error:
         return record.missing(row, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        return {**record.missing(row, in_a_line(error)), "failed": True}
     return record.measured(row, found, effort, time.perf_counter() - began, load)
+
+
+def in_a_line(error: Exception) -> str:
+    """Its kind and the first line of its words: the rest may name places of this machine."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def with_table(page: str, table: str) -> str:
@@ -86,8 +96,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module="lightning.*")
 
 
-def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Measures, shows, writes; gives the rows that were measured.
+def main(words: Sequence[str] | None = None) -> int:
+    """Measures, shows, writes file and page after every row; 1 where a row failed.
 
     Raises:
         ConfigError: an unknown row, or ``--quick`` over the kept figures.
@@ -96,10 +106,10 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
     rows, out = chosen(asked.only), asked.out or OUT
     if asked.list:
         print(*(f"{row.name:15} {row.what}" for row in rows), sep="\n")
-        return []
+        return 0
     if asked.page:
         write_page(out)
-        return []
+        return 0
     if asked.quick and asked.out is None:
         raise ConfigError(f"--quick measures too little for {OUT.relative_to(ROOT)}: give --out FILE.")
     quiet()
@@ -115,13 +125,16 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
         done.append(measure(row, effort))
         print(" ".join(cell for cell in record.cells(done[-1])[2:] if cell), flush=True)
         record.write(out, start, [*kept, *done], [each.name for each in ROWS])
+        if out == OUT:
+            write_page(out)
     print()
     record.show(done)
     print(f"written: {out}")
-    if out == OUT:
-        write_page(out)
-    return done
+    failed = [row["name"] for row in done if row.get("failed")]
+    if failed:
+        print(f"failed: {', '.join(failed)}; what they said is above", file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

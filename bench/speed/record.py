@@ -66,8 +66,8 @@ def measured(row: Row, found: Found, effort: Effort, seconds: float, load: float
 
 
 def missing(row: Row, why: str) -> dict[str, Any]:
-    """A row that could not be measured here."""
-    return {"name": row.name, "what": row.what, "not_measured": why}
+    """A row that could not be measured here, in words that fit into a cell of a table."""
+    return {"name": row.name, "what": row.what, "not_measured": " ".join(why.replace("|", "/").split())}
 
 
 def read(path: Path) -> dict[str, Any]:

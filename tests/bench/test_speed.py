@@ -144,6 +144,31 @@ def test_a_row_that_cannot_be_measured_says_why() -> None:
     assert command.measure(Row("x", "y", nothing), Effort())["not_measured"] == "no such package"
 
 
+def test_a_row_that_fails_ends_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it said stands in its row and on the page, whatever signs are in it; the command ends with 1."""
+    def broken(effort: Effort) -> Found:
+        raise RuntimeError("no | more\n/home/of/somebody: line 3")
+
+    out, page = tmp_path / "bench.json", tmp_path / "page.md"
+    page.write_text(f"{command.BEGIN}\n{command.END}\n")
+    seen: list[str] = []
+
+    def after(effort: Effort) -> Found:
+        seen.append(page.read_text())
+        return Found([1.0])
+
+    first, last = Row("first", "what fails", broken), Row("last", "what follows", after)
+    monkeypatch.setattr(command, "ROWS", (first, last))
+    for name, place in (("ROOT", tmp_path), ("OUT", out), ("PAGE", page)):
+        monkeypatch.setattr(command, name, place)
+    assert command.main([]) == 1
+    told, other = record.read(out)["rows"]
+    assert told["not_measured"] == "RuntimeError: no / more" and told["failed"] and other["median"] == 1.0
+    assert "| what fails |  | not measured: RuntimeError: no / more |" in seen[0], "file and page are written after every row"
+    assert "what follows" in page.read_text() and "/home/of/somebody" in capsys.readouterr().err
+    assert command.main(["--only", "last"]) == 0
+
+
 def test_unknown_rows_and_quick_figures_are_refused() -> None:
     with pytest.raises(ConfigError, match="step"):
         command.main(["--only", "stepp"])
