@@ -1,11 +1,12 @@
 """What several processes cost, measured with two, and a model of many: ``python -m bench.scaling [--quick]``.
 
 Two processes (gloo, one thread each) take TeCoA steps on MiniCLIP-32, in turn: with the all-reduce of gradients, without it (DDP's
-``no_sync``), and the first process alone with the whole batch. So the all-reduce's cost is a ratio of steps that lie side by side.
-Steps begin together (a barrier that is not timed); a step has taken as long as its slower process. The same is done at several numbers of
-attack steps. Bytes on the wire are counted as they are sent: buckets by a hook of DDP, all collectives by the dispatcher. The link between
-the two processes is measured by all-reduces alone, and with it the model (``scaling_model.py``) predicts the overhead that was measured.
-Then the model with a GPU's figures, which are assumptions. Writes ``results/scaling.json`` and the tables of ``docs/scaling.md``.
+``no_sync``), and the first process alone with the whole batch. So the all-reduce's cost is a ratio of steps that lie side by side. Steps
+begin together (a barrier that is not timed); a step has taken as long as its slower process. The same is done at several numbers of
+attack steps; the kinds come first in turn. Bytes on the wire are counted as they are sent: buckets by a hook of DDP, all collectives by
+the dispatcher. The link between the two processes is measured by all-reduces alone, and with it the model (``scaling_model.py``) predicts
+the overhead that was measured. Then the model with a GPU's figures, which are assumptions. Writes ``results/scaling.json`` and the tables
+of ``docs/scaling.md``.
 """
 
 from __future__ import annotations
@@ -45,11 +46,13 @@ def run_two(folder: Path, quick: bool) -> dict[str, Any]:
     """Runs the two processes; what both found, the steps of each as the slower one took them."""
     to_the_end([sys.executable, "-m", "bench.scaling_two", str(folder), *(["--quick"] if quick else [])], LIMIT)
     first, second = (json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
-    for k, kinds in first["steps"].items():
-        for kind, seconds in kinds.items():
-            if kind != "alone":  # the second process has one image then
-                kinds[kind] = [max(pair) for pair in zip(seconds, second["steps"][k][kind], strict=True)]
-    return dict(first)
+    return {**first, "steps": {k: as_the_slower(kinds, second["steps"][k]) for k, kinds in first["steps"].items()}}
+
+
+def as_the_slower(first: dict[str, list[float]], second: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Seconds of each kind of step, as the slower of both processes took it; alone, as the first: the second has one image then."""
+    return {kind: seconds if kind == "alone" else [max(pair) for pair in zip(seconds, second[kind], strict=True)]
+            for kind, seconds in first.items()}  # fmt: skip
 
 
 def fitted(transfers: dict[str, list[float]]) -> Network:

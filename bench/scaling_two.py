@@ -33,6 +33,17 @@ WIRED = ("TeCoA", "FARE", "PMGAFT", "LORE", "AdvFLYP")
 SIZES = (2**12, 2**16, 2**20, 2**22, 2**23, 2**24)  # bytes of an all-reduce alone
 
 
+def kind_at(batch_idx: int, kinds: tuple[str, ...] = KINDS) -> str:
+    """The kind of a step: all of them in each turn, each turn beginning with another one.
+
+    Example:
+        >>> "".join(kind_at(step, ("a", "b", "c")) for step in range(9))
+        'abcbcacab'
+    """
+    turn, place = divmod(batch_idx, len(kinds))
+    return kinds[(turn + place) % len(kinds)]
+
+
 class Turns(L.LightningDataModule):
     """For each kind of step in turn this process's images: half of the batch; alone, all of it on the first process, one on the other."""
 
@@ -44,13 +55,14 @@ class Turns(L.LightningDataModule):
         self.class_phrases = tuple((name, "thing") for name in names)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """One batch of each kind, again and again."""
+        """One batch of each kind, again and again, in the order of :func:`kind_at`."""
         assert self.trainer is not None
         rank = self.trainer.global_rank
         count = {kind: (self.batch if rank == 0 else 1) if kind == "alone" else self.batch // 2 for kind in self.kinds}
         images = torch.rand(self.batch, 3, 32, 32, generator=torch.Generator().manual_seed(rank))
         made = {kind: Batch(images[:n], torch.arange(n), torch.arange(n) % CLASSES) for kind, n in count.items()}
-        return DataLoader([made[kind] for kind in self.kinds] * self.turns, batch_size=None)  # type: ignore[arg-type]
+        steps = range(self.turns * len(self.kinds))
+        return DataLoader([made[kind_at(step, self.kinds)] for step in steps], batch_size=None)  # type: ignore[arg-type]
 
 
 class Timed(L.Callback):
@@ -61,7 +73,7 @@ class Timed(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
         """All begin together; DDP's own switch, which ``no_sync`` turns, says whether this step sends gradients."""
-        self.kind = KINDS[batch_idx % len(KINDS)]
+        self.kind = kind_at(batch_idx)
         trainer.strategy.model.require_backward_grad_sync = self.kind == "synced"  # type: ignore[union-attr,assignment]
         dist.barrier()
         self.began = time.perf_counter()
@@ -177,7 +189,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     quiet()
-    batch, turns, attacked = (8, 3, (1,)) if given.quick else (64, 16, (1, 2, 5, 10))
+    batch, turns, attacked = (8, 3, (1,)) if given.quick else (64, 22, (1, 2, 5, 10))
     found: dict[str, Any] = {"global_batch": batch, "steps": {}}
     for k in attacked:
         timed = Timed()

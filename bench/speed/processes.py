@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
@@ -22,9 +23,12 @@ from aft.batch import Batch
 from aft.methods import OptimizerSpec, TeCoA
 from aft.methods.distributed import leave_process_group
 from bench.runs import to_the_end
+from bench.scaling import as_the_slower
+from bench.scaling_two import Timed, Turns
+from bench.scaling_two import fit as fit_two
 from bench.speed.row import Effort, Found, NotHere, ratios
-from bench.speed.setting import MINI, WARM, MadeUp, tiny
-from bench.speed.training import ADAMW, attack_of
+from bench.speed.setting import MadeUp, tiny
+from bench.speed.training import attack_of
 from train import DDP
 
 GLOBAL_BATCH = 64
@@ -44,17 +48,6 @@ class Split(MadeUp):
         rows = slice(self.trainer.global_rank, None, self.trainer.world_size)
         part = Batch(self.batch.images[rows], self.batch.index[rows], self.batch.labels[rows])
         return DataLoader([part] * 1000, batch_size=None)  # type: ignore[arg-type]
-
-
-class Clock(L.Callback):
-    """When each step ended."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """One more."""
-        self.ends.append(time.perf_counter())
 
 
 def fit(method: TeCoA, data: L.LightningDataModule, processes: int, steps: int, precision: Any, callbacks: list[L.Callback]) -> L.Trainer:
@@ -81,12 +74,12 @@ def gradient(processes: int, folder: Path, steps: int) -> None:
 
 
 def pace(processes: int, folder: Path, steps: int) -> None:
-    """Steps of MiniCLIP-32, one thread a process; a single process takes half the batch, so that each has the same to do."""
+    """Steps of MiniCLIP-32 of each kind of ``bench.scaling_two`` in turn, one thread a process; the first turn is left out."""
     torch.set_num_threads(1)
-    data = Split(torch.float32) if processes > 1 else MadeUp(GLOBAL_BATCH // 2)
-    clock = Clock()
-    if fit(TeCoA(MINI, attack=attack_of(2), optimizer=ADAMW), data, processes, steps + WARM, "32-true", [clock]).global_rank == 0:
-        (folder / f"pace-{processes}.json").write_text(json.dumps(clock.ends), encoding="utf-8")
+    timed = Timed()
+    fit_two("TeCoA", 2, Turns(GLOBAL_BATCH, steps + 1), timed)
+    (folder / f"pace-{dist.get_rank()}.json").write_text(json.dumps(timed.seconds), encoding="utf-8")
+    dist.barrier()
 
 
 JOBS = {"gradient": gradient, "pace": pace}
@@ -109,18 +102,21 @@ def same_gradients(effort: Effort) -> Found:
 
 
 def overhead(effort: Effort) -> Found:
-    """A step of two processes over that of one alone with the same images a process: waiting, sending, and sharing the memory's lanes."""
+    """Twice a step of two processes over a step that one takes alone with the same global batch: what is spent beyond one's own work.
+
+    Above 1 are sending and waiting, the work that each does whole (optimiser, texts), smaller products, and sharing the memory's lanes.
+    ``told["all_reduce"]``: of it, a step with the gradients' all-reduce over one without. The steps lie side by side, each kind first in
+    turn.
+    """
     if (os.cpu_count() or 1) < 2:
         raise NotHere("two processes need two cores")
-    steps = effort.repeats(20)
-    seconds = {}
     with tempfile.TemporaryDirectory() as folder:
-        for processes in (1, 2):
-            start("pace", processes, Path(folder), steps)
-            ends = json.loads((Path(folder) / f"pace-{processes}.json").read_text(encoding="utf-8"))
-            seconds[processes] = [after - before for before, after in zip(ends[WARM - 1:], ends[WARM:], strict=False)]
-    told = {"images_a_process": GLOBAL_BATCH // 2, "threads_a_process": 1, "attack_steps": 2}
-    return Found(ratios(seconds[2], seconds[1]), {"two": seconds[2], "one": seconds[1]}, told)
+        start("pace", 2, Path(folder), effort.repeats(21))
+        first, second = (json.loads((Path(folder) / f"pace-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
+    seconds = as_the_slower(first, second)
+    told = {"global_batch": GLOBAL_BATCH, "threads_a_process": 1, "attack_steps": 2,
+            "all_reduce": statistics.median(ratios(seconds["synced"], seconds["unsynced"]))}  # fmt: skip
+    return Found([2 * one for one in ratios(seconds["synced"], seconds["alone"])], seconds, told)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ ROWS: tuple[Row, ...] = (
     Row("data_wait", "share of a step's time that waits for data, sample data", startup.data_wait, Target("at most", 0.03)),
     Row("two_gradients", "two processes against one: largest difference of gradients / largest entry, float64",
         processes.same_gradients, Target("at most", 1e-10)),
-    Row("two_overhead", "a step of two processes / of one alone with as many images a process", processes.overhead),
+    Row("two_overhead", "twice a step of two processes / a step of one, same global batch, one thread each", processes.overhead),
     Row("folded", "attack's pass with torch's attention / with ours, MiniCLIP-32, torch's products", tricks.folded(MINI, 64, 20)),
     Row("folded_b32", "the same, ViT-B/32, batch 8", tricks.folded(BASE, 8, 5)),
     Row("onednn", "attack's pass, fp32 products of torch / by oneDNN, MiniCLIP-32", tricks.onednn),

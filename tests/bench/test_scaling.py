@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from bench import scaling
+from bench import scaling, scaling_two
 from bench.scaling_model import Network
+from bench.speed import processes
+from bench.speed.row import Effort
 
 
 @pytest.mark.slow
@@ -22,6 +25,31 @@ def test_bytes_on_the_wire_are_those_of_gradients_and_gathers(tmp_path: Path) ->
     assert one["method"] == "TeCoA" and one["gathers_counted"] == 0 and other["gathers_counted"] > 0
     assert all(len(seconds) == 2 and min(seconds) > 0 for kinds in found["steps"].values() for seconds in kinds.values())
     assert len(scaling.compared(found, scaling.fitted(found["transfers"]))) == 1
+
+
+def test_every_kind_comes_first_in_turn(tmp_path: Path) -> None:
+    """Each once a turn, and each first equally often; the data has the images that the clock takes them for."""
+    steps = [scaling_two.kind_at(step) for step in range(9)]
+    assert all(sorted(steps[turn:turn + 3]) == sorted(scaling_two.KINDS) for turn in (0, 3, 6))
+    assert sorted(steps[::3]) == sorted(scaling_two.KINDS)
+    data = scaling_two.Turns(8, 3)
+    data.trainer = SimpleNamespace(global_rank=0)  # type: ignore[assignment]
+    assert [len(batch.images) for batch in data.train_dataloader()] == [8 if kind == "alone" else 4 for kind in steps]
+
+
+def test_a_step_has_taken_as_long_as_its_slower_process() -> None:
+    """But for those of the first process alone, when the second one is done at once."""
+    first, second = {"synced": [1.0, 4.0], "alone": [5.0, 6.0]}, {"synced": [3.0, 2.0], "alone": [9.0, 9.0]}
+    assert scaling.as_the_slower(first, second) == {"synced": [3.0, 4.0], "alone": [5.0, 6.0]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_are_held_against_one_with_the_same_batch() -> None:
+    """Twice the slower process's step over the step alone, turn by turn."""
+    found = processes.overhead(Effort(quick=True))
+    assert found.values == [2 * two / one for two, one in zip(found.parts["synced"], found.parts["alone"], strict=True)]
+    assert len(found.values) == 2 and found.told["all_reduce"] > 0 and found.told["global_batch"] == 64
 
 
 def test_the_link_is_found_from_its_transfers() -> None:
