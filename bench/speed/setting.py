@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,9 @@ class MadeUp(L.LightningDataModule):
 class SideBySide(L.Callback):
     """Times each training step, and on the same batch what it is compared with: before the step and after it in turn.
 
-    ``seconds["step"]`` is the whole step, ``seconds["arithmetic"]`` of it all up to the end of the backward pass (so without the
-    optimiser), then one list for each of the others. The first steps are not kept.
+    ``seconds["step"]`` is the whole step with all that the trainer does until the next one (writing its log, fetching the batch),
+    ``seconds["arithmetic"]`` of it all up to the end of the backward pass (so without the optimiser), then one list for each of the
+    others. The first steps are not kept.
 
     Args:
         others: what to run on the batch, by name.
@@ -78,6 +79,7 @@ class SideBySide(L.Callback):
         self.others, self.device = others, device
         self.seconds: dict[str, list[float]] = {name: [] for name in ("step", "arithmetic", *others)}
         self.cpu_seconds: dict[str, list[float]] = {name: [] for name in self.seconds}
+        self.left: tuple[float, float] | None = None
 
     def clock(self) -> tuple[float, float]:
         """Seconds on the wall, and of this process's CPUs, once the device has done all that was asked of it."""
@@ -90,6 +92,14 @@ class SideBySide(L.Callback):
         self.seconds[name].append(wall - began[0])
         self.cpu_seconds[name].append(cpu - began[1])
 
+    def _add_what_came_between(self) -> None:
+        """Since the last step, to that step."""
+        if self.left is not None:
+            wall, cpu = self.clock()
+            self.seconds["step"][-1] += wall - self.left[0]
+            self.cpu_seconds["step"][-1] += cpu - self.left[1]
+            self.left = None
+
     def _run_others(self, batch: Batch) -> None:
         for name, other in self.others.items():
             began = self.clock()
@@ -98,6 +108,7 @@ class SideBySide(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
         """Every second time the others come first."""
+        self._add_what_came_between()
         if batch_idx % 2:
             self._run_others(batch)
         self.began = self.clock()
@@ -111,23 +122,34 @@ class SideBySide(L.Callback):
         self._note("step", self.began)
         if not batch_idx % 2:
             self._run_others(batch)
+        self.left = self.clock()
 
-    def found(self, above: str, below: str, told: Mapping[str, Any]) -> Found:
-        """The ratio of two sides, repeat by repeat, without the first steps.
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The last step is logged."""
+        self._add_what_came_between()
+
+    def found(self, above: str, below: str | Sequence[str], told: Mapping[str, Any]) -> Found:
+        """The ratio of two sides, repeat by repeat, without the first steps; of several below, their sum counts.
 
         ``told["median_of_cpu_time"]`` is the same of this process's CPU time, which other programs on the machine disturb less; waiting
         is not in it.
         """
-        sides = {name: self.seconds[name][WARM:] for name in (above, below)}
-        cpu = ratios(self.cpu_seconds[above][WARM:], self.cpu_seconds[below][WARM:])
-        return Found(ratios(*sides.values()), sides, {**told, "median_of_cpu_time": statistics.median(cpu)})
+        names = [below] if isinstance(below, str) else below
+
+        def ratio(seconds: Mapping[str, list[float]]) -> list[float]:
+            """By one clock."""
+            return ratios(seconds[above], [sum(parts) for parts in zip(*(seconds[name] for name in names), strict=True)])
+
+        wall, cpu = ({name: values[WARM:] for name, values in one.items()} for one in (self.seconds, self.cpu_seconds))
+        told = {**told, "median_of_cpu_time": statistics.median(ratio(cpu))}
+        return Found(ratio(wall), {name: wall[name] for name in (above, *names)}, dict(told))
 
 
 def trainer(effort: Effort, steps: int, callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
-    """A trainer of ``steps`` steps that writes nothing."""
-    usual: dict[str, Any] = {"gradient_clip_val": 1.0, "default_root_dir": tempfile.gettempdir()}
+    """A trainer of ``steps`` steps that writes nothing, but where ``settings`` bring a logger."""
+    usual: dict[str, Any] = {"gradient_clip_val": 1.0, "default_root_dir": tempfile.gettempdir(), "logger": False}
     return L.Trainer(
-        accelerator="gpu" if effort.device == "cuda" else "cpu", devices=1, max_steps=steps, max_epochs=-1, logger=False,
+        accelerator="gpu" if effort.device == "cuda" else "cpu", devices=1, max_steps=steps, max_epochs=-1,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
         use_distributed_sampler=False, callbacks=callbacks, **(usual | settings),
     )  # fmt: skip
@@ -135,7 +157,7 @@ def trainer(effort: Effort, steps: int, callbacks: list[L.Callback], **settings:
 
 def beside(
     method: AdversarialFineTuning, data: MadeUp, others: Mapping[str, Callable[[Batch], object]], effort: Effort, wanted: int,
-    **settings: Any,
+    also: Sequence[L.Callback] = (), **settings: Any,
 ) -> SideBySide:  # fmt: skip
     """Times the method's steps and ``others``, one number a repeat.
 
@@ -145,8 +167,9 @@ def beside(
         others: each runs once beside each step.
         effort: may cut down the repeats.
         wanted: repeats.
+        also: callbacks whose work belongs to the step.
         settings: of the trainer.
     """
     watch = SideBySide(others, effort.on)
-    trainer(effort, effort.repeats(wanted) + WARM, [watch], **settings).fit(method, datamodule=data)
+    trainer(effort, effort.repeats(wanted) + WARM, [*also, watch], **settings).fit(method, datamodule=data)
     return watch

@@ -6,12 +6,14 @@ Shapes: B images, C channels, H rows, W columns, K classes, D embedding width.
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from aft.attacks import PGD
@@ -21,8 +23,10 @@ from aft.methods import FARE, AdversarialFineTuning, OptimizerSpec, TeCoA
 from bench.published import ExtraPass, TextEachStep
 from bench.speed.row import Effort, Found
 from bench.speed.setting import MadeUp, beside
+from callbacks import Throughput
 
 EPS, STEP_SIZE = 2 / 255, 1 / 255
+LOG_EVERY = 10  # steps, as configs/base.yaml has it
 ADAMW = OptimizerSpec(name="adamw", lr=1e-5, schedule="constant")
 SGD = OptimizerSpec(name="sgd", lr=1e-4, weight_decay=0.0, schedule="constant")
 
@@ -35,7 +39,7 @@ def attack_of(steps: int) -> PGD:
 class Bare:
     """The least that a TeCoA step can cost: k times forward and gradient of the input, once forward and backward to the weights.
 
-    Nothing but the tower, its normalisation and the cross-entropy; no attack's step, no record, no optimiser.
+    Nothing but the tower, its normalisation and the cross-entropy; no attack's step, no record. AdamW's step on the tower is apart.
 
     Args:
         model: its image tower is copied twice, once frozen and once to be trained.
@@ -49,6 +53,7 @@ class Bare:
         self.learning = copy.deepcopy(model).to(device).train()
         self.learning.visual.requires_grad_(True)
         self.text_KD = F.normalize(torch.randn(classes, model.width, device=device), dim=-1)
+        self.optimizer = ADAMW.build(self.learning.visual.named_parameters())
 
     def loss(self, model: ZeroShotModel, images_BCHW: Tensor, labels_B: Tensor | None) -> Tensor:
         """Summed cross-entropy."""
@@ -57,27 +62,37 @@ class Bare:
         return F.cross_entropy(100 * embedding_BD @ self.text_KD.T, labels_B, reduction="sum")
 
     def step(self, batch: Batch) -> None:
-        """All of it on one batch."""
+        """All of it on one batch; the gradient is left for :meth:`descend`."""
         for _ in range(self.steps):
             leaf_BCHW = batch.images.detach().requires_grad_(True)
             torch.autograd.grad(self.loss(self.frozen, leaf_BCHW, batch.labels), leaf_BCHW)
         self.loss(self.learning, batch.images, batch.labels).backward()
-        self.learning.zero_grad(set_to_none=True)
+
+    def descend(self, batch: Batch) -> None:
+        """The optimiser's step with that gradient, which is let go."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 @cache
 def against_bound(effort: Effort, clip: ModelSpec, batch_size: int, steps: int, repeats: int) -> tuple[Found, Found]:
-    """TeCoA's step over its bound: up to the end of its backward pass, and whole in Lightning's trainer with AdamW."""
+    """TeCoA's step over its bound: up to the end of its backward pass, and whole, over the bound with AdamW's step.
+
+    Whole is with clipping, Lightning's trainer, ``Throughput`` and a TensorBoard log of every tenth step, as runs have them.
+    """
     method = TeCoA(clip, attack=attack_of(steps), optimizer=ADAMW)
     data = MadeUp(batch_size, method.model.record.resolution)
     bare = Bare(method.model, steps, 10, effort.on)
-    watch = beside(method, data, {"bound": bare.step}, effort, repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        watch = beside(method, data, {"bound": bare.step, "bound_optimizer": bare.descend}, effort, repeats, [Throughput()],
+                       logger=TensorBoardLogger(folder), log_every_n_steps=LOG_EVERY)  # fmt: skip
     told = {"model": clip.name, "batch_size": batch_size, "attack_steps": steps}
-    return watch.found("arithmetic", "bound", told), watch.found("step", "bound", {**told, "optimizer": "adamw"})
+    whole = {**told, "optimizer": "adamw", "logger": "TensorBoard", "log_every_n_steps": LOG_EVERY}
+    return watch.found("arithmetic", "bound", told), watch.found("step", ("bound", "bound_optimizer"), whole)
 
 
 def bound(clip: ModelSpec, batch_size: int, steps: int, repeats: int, whole: bool = False) -> Callable[[Effort], Found]:
-    """The row of one model; with ``whole`` optimiser, clipping, logging and Lightning are in the step."""
+    """The row of one model; with ``whole`` optimiser, clipping, logging and Lightning are in the step, AdamW's step in the bound."""
     return lambda effort: against_bound(effort, clip, batch_size, steps, repeats)[whole]
 
 
