@@ -1,4 +1,4 @@
-"""Forwards of an evaluation: on images that break at once, and as a function of the share of robust images."""
+"""Forwards of an evaluation: on images that break, at a huge radius and at a usual one, and as a function of the share of robust images."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from bench.speed.setting import ROOT
 from datamodules import Sample
 
 WEIGHTS = ROOT / "results" / "weights" / "tecoa_seed0.safetensors"
-#: A radius at which the first step breaks everything, and one at which nothing breaks.
-AT_ONCE, NEVER = 0.5, 1e-6
+#: A radius at which the start breaks everything, one that is usual in the literature, and one at which nothing breaks.
+AT_ONCE, USUAL, NEVER = 0.5, 4 / 255, 1e-6
 
 
 def robust_model() -> ZeroShotModel:
@@ -27,7 +27,7 @@ def robust_model() -> ZeroShotModel:
 
 
 def cell_of(model: ZeroShotModel, protocol: str, eps: float, images: int) -> Cell:
-    """The first images of the sample's test set that are right when clean."""
+    """The first images of the sample's test set that are right when clean: so many, or fewer where not every tenth is right."""
     whole = first(Sample().evaluation_set("test"), 10 * images)
     batch = whole.batch(range(len(whole)))
     with torch.no_grad():
@@ -50,10 +50,32 @@ def broken_at_once(effort: Effort) -> Found:
     spent, share = forwards(cell)
     if share:
         raise AssertionError(f"{share:.2f} of the images are not broken at eps = {AT_ONCE}: the row measures something else.")
-    told = {"images": images, "protocol": "four", "eps": AT_ONCE}
+    there = len(cell.data)
+    told = {"images": there, "protocol": "four", "eps": AT_ONCE}
     if importlib.util.find_spec("pyautoattack") is not None:
-        told["autoattack"] = forwards(cell_of(cell.model, "autoattack_standard", AT_ONCE, images))[0] / images
-    return Found([spent / images], {}, told)
+        told["autoattack"] = forwards(cell_of(cell.model, "autoattack_standard", AT_ONCE, images))[0] / there
+    return Found([spent / there], {}, told)
+
+
+def broken_usual(effort: Effort) -> Found:
+    """Forwards of each image that APGD-CE breaks at a usual radius, under all four attacks; one image at a time.
+
+    Raises:
+        NotHere: it breaks none of them.
+    """
+    cell = cell_of(robust_model(), "four", USUAL, 8 if effort.quick else 32)
+    alone = replace(cell, protocol=replace(cell.protocol, attacks=cell.protocol.attacks[:1]))
+    values = []
+    with scoring(cell.model):
+        broken = (~torch.as_tensor(Judge(alone)(range(len(cell.data)))[0]["right"][:, 0])).nonzero().flatten().tolist()
+        judge = Judge(cell)
+        for row in broken:
+            with Cost(cell.model.visual) as cost:
+                judge([row])
+            values.append(float(cost.forwards))
+    if not values:
+        raise NotHere(f"APGD-CE breaks none of {len(cell.data)} images at eps = {USUAL:.4f}")
+    return Found(values, {}, {"images": len(cell.data), "broken": len(broken), "protocol": "four", "eps": USUAL})
 
 
 def gradient_attacks(cell: Cell, steps: int) -> Cell:
@@ -64,10 +86,11 @@ def gradient_attacks(cell: Cell, steps: int) -> Cell:
 
 def ends(model: ZeroShotModel, protocol: str, images: int, steps: int) -> tuple[float, float]:
     """Forwards an image under APGD-CE and APGD-T, ours or AutoAttack's own, where all break at once, and where none breaks."""
-    (early, none), (full, every) = (forwards(gradient_attacks(cell_of(model, protocol, eps, images), steps)) for eps in (AT_ONCE, NEVER))
+    cells = [gradient_attacks(cell_of(model, protocol, eps, images), steps) for eps in (AT_ONCE, NEVER)]
+    (early, none), (full, every) = map(forwards, cells)
     if (none, every) != (0.0, 1.0):
         raise AssertionError(f"robust shares of {none} and {every} where 0 and 1 are meant.")
-    return early / images, full / images
+    return early / len(cells[0].data), full / len(cells[1].data)
 
 
 def by_share(effort: Effort) -> Found:
@@ -101,11 +124,11 @@ def along_shares(effort: Effort) -> Found:
         cell = replace(cell_of(model, "four", eps, images), protocol=plan("apgd", eps=eps, steps=20, targets=3, classes=10))
         began = time.perf_counter()
         spent, share = forwards(cell)
-        seconds = (time.perf_counter() - began) / images
-        return {"eps": eps, "robust_share": share, "forwards": spent / images, "seconds": seconds}
+        seconds, there = time.perf_counter() - began, len(cell.data)
+        return {"eps": eps, "robust_share": share, "forwards": spent / there, "seconds": seconds / there, "images": there}
 
     none, every = under(AT_ONCE), under(NEVER)
     curve = [none, *(under(radius / 255) for radius in radii), every]
     line = [none["forwards"] + one["robust_share"] * (every["forwards"] - none["forwards"]) for one in curve]
     values = [one["forwards"] / straight for one, straight in zip(curve, line, strict=True)][1:-1]
-    return Found(values, {}, {"attacks": "APGD-CE, APGD-T", "steps": 20, "targets": 3, "images": images, "curve": curve})
+    return Found(values, {}, {"attacks": "APGD-CE, APGD-T", "steps": 20, "targets": 3, "images": curve[0]["images"], "curve": curve})

@@ -221,6 +221,13 @@ def test_the_page_says_what_was_measured() -> None:
     assert not json.loads(command.OUT.read_text())["quick"]
 
 
+def test_a_wait_that_comes_seldom_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All seconds of a run that wait over all of its seconds; a median over its steps would be 0."""
+    runs = iter([{"waits": [0.0, 0.0, 0.0, 1.0], "steps": [1.0] * 4}, {"waits": [0.0] * 4, "steps": [1.0] * 4}])
+    monkeypatch.setattr(startup, "run", lambda steps, folder: next(runs))
+    assert startup.data_wait(Effort(quick=True)).values == [0.2, 0.0]
+
+
 def test_a_wait_stands_beside_the_step_that_it_came_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one of an epoch is not counted, and moves no other: two epochs of two steps, each step ten times as long as the last."""
     now = 0.0
