@@ -1,5 +1,5 @@
 """How many images a second a core of the loader makes, how long a step waits for them, and how many cores a GPU needs:
-``python -m bench.loader [--quick]``.
+``python -m bench.loader [--quick --out FILE]``.
 
 Through this project's datamodules, from files to a batch in the process that trains. JPEGs are made here (500 x 375 pixels, noise at all
 scales as photographs have it; the bytes are in the result). ``decoder alone`` is Pillow on the same bytes: opened, decoded, resized.
@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from aft.cards import write_whole
 from aft.clip import ModelSpec
 from aft.clip.cost import vit_cost
 from aft.methods import OptimizerSpec, TeCoA
-from bench.machine import fill, interleaved, machine, quiet, spread, table
+from bench.machine import fill, interleaved, machine, place_of, quiet, spread, table
 from callbacks import Throughput
 from datamodules import ImageFolder, Sample, Shards
 from datamodules.common import ImageData
@@ -203,6 +204,17 @@ def waiting_in_training(steps: int, folder: Path) -> dict[str, float]:
     return spread(waits.shares[1:])
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch computes in one thread inside, so that a core is a core; afterwards in as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def needed(model: str, attack_steps: int, achieved: float) -> float:
     """Images a second that a GPU of so many achieved FLOP/s trains by TeCoA."""
     config = open_clip.get_model_config(model)
@@ -220,23 +232,24 @@ def cores(found: dict[str, dict[str, Any]], achieved: float, given: float | None
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Measures, prints, writes; returns what it wrote."""
     parser = argparse.ArgumentParser(prog="python -m bench.loader", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few images: whether it runs, no figures")
+    parser.add_argument("--quick", action="store_true", help="a few images: whether it runs, no figures; needs --out")
     parser.add_argument("--images-per-second", type=float, help="what your GPU trains; without it, by the models' cost")
     parser.add_argument("--achieved", type=float, default=ACHIEVED, help="FLOP/s that a GPU achieves, for that cost")
-    parser.add_argument("--out", type=Path, default=OUT, help="where the figures go; the usual place fills the page as well")
+    parser.add_argument("--out", type=Path, help=f"where the figures go; the usual place, {OUT.name}, fills the page as well")
     given = parser.parse_args(args)
+    out = place_of(given.out, OUT, given.quick)
     repeats, batches, images, steps = (2, 1, 256, 6) if given.quick else (9, 6, 1024, 42)
-    torch.set_num_threads(1)
     quiet()
     with tempfile.TemporaryDirectory() as folder:
-        kinds = cases(Path(folder), images)
-        found = rates(kinds, repeats, batches)
-        at = {name: waiting_at(kinds[name], found[name]["worker"]["median"], repeats, batches) for name in (ORIGINAL, REDUCED)}
+        with one_thread():
+            kinds = cases(Path(folder), images)
+            found = rates(kinds, repeats, batches)
+            at = {name: waiting_at(kinds[name], found[name]["worker"]["median"], repeats, batches) for name in (ORIGINAL, REDUCED)}
         told = {"machine": machine(), "quick": given.quick, "rates": found, "waiting_at_step_time": at,
                 "waiting_in_training": waiting_in_training(steps, Path(folder)), "achieved_flops": given.achieved,
                 "cores": cores(found, given.achieved, given.images_per_second)}  # fmt: skip
-    write_whole(given.out, (json.dumps(told, indent=1) + "\n").encode())
-    if given.out == OUT:
+    write_whole(out, (json.dumps(told, indent=1) + "\n").encode())
+    if out == OUT:
         fill(PAGE, "bench.loader", in_words(told))
     print(in_words(told), flush=True)
     return told

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from aft.cards import write_whole
+from aft.errors import ConfigError
 from aft.evaluation.origin import commit, now, versions
 
 ALSO = ("torchvision", "lightning", "pillow", "webdataset")  # beside those that stand on every card
@@ -88,6 +89,17 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [[cell.ljust(w) if not place else cell.rjust(w) for place, (cell, w) in enumerate(zip(row, widths, strict=True))]
              for row in [head, ["-" * w for w in widths], *rows]]
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def place_of(out: Path | None, usual: Path, quick: bool) -> Path:
+    """Where figures go: as asked, or to the usual place.
+
+    Raises:
+        ConfigError: a trial would overwrite figures.
+    """
+    if quick and out is None:
+        raise ConfigError(f"too little is measured for {usual.parent.name}/{usual.name}: give --out FILE.")
+    return out or usual
 
 
 def fill(page: Path, name: str, text: str, fenced: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""What a training step of each method holds, against plain fine-tuning: ``python -m bench.memory [--quick]``.
+"""What a training step of each method holds, against plain fine-tuning: ``python -m bench.memory [--quick --out FILE]``.
 
 Plain is the same step without an attack: cross-entropy of clean images to class texts. Per method, with and without
 ``callbacks.ActivationCheckpointing``:
@@ -7,7 +7,8 @@ Plain is the same step without an attack: cross-entropy of clean images to class
   (hooks on what is saved; what a recomputed block saves for a moment is not in it);
 * ``allocated``: most bytes that torch's allocator gave out in the step above what was there before it (on a GPU
   ``max_memory_allocated``, on a CPU the allocations that the profiler sees);
-* ``kept``: weights, teacher and the optimiser's state, which stay from step to step;
+* ``kept``: what is there when the step begins: weights, teacher, the optimiser's state, and gradients of the step before, which stay
+  until the backward pass;
 * ``resident``: by how much the process grew at its highest in the step, where the system tells (Linux); what it once had,
   its allocator keeps.
 
@@ -40,7 +41,7 @@ from aft.cards import write_whole
 from aft.clip import ModelSpec
 from aft.methods import AdversarialFineTuning, OptimizerSpec
 from bench.growth import Growth, status
-from bench.machine import fill, machine, quiet, table
+from bench.machine import fill, machine, place_of, quiet, table
 from callbacks import ActivationCheckpointing, Throughput
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,6 +159,7 @@ class Measure(L.Callback):
             self.manager = saving(known)
             self.counter = self.manager.__enter__()
             return
+        self.kept = kept_bytes(pl_module, trainer.optimizers[0])
         self.resident = status("VmRSS") if forget_the_most() else None
         self.allocated = Allocated()
         self.allocated.start()
@@ -171,15 +173,16 @@ class Measure(L.Callback):
             self.found["saved"] = self.counter.most
             return
         most = status("VmHWM")
-        self.found |= {"allocated": self.allocated.stop(), "kept": kept_bytes(pl_module, trainer.optimizers[0]),
+        self.found |= {"allocated": self.allocated.stop(), "kept": self.kept,
                        "resident": None if self.resident is None or most is None else most - self.resident}  # fmt: skip
 
 
 def kept_bytes(method: L.LightningModule, optimizer: torch.optim.Optimizer) -> int:
-    """Weights, teacher and the optimiser's state."""
+    """Weights, teacher, the optimiser's state, and gradients where there are some."""
     assert isinstance(method, AdversarialFineTuning)
     modules: list[nn.Module] = [method, *([] if method.teacher is None else [method.teacher])]
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    tensors += [t.grad for t in tensors if t.grad is not None]
     tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
@@ -239,9 +242,10 @@ def growth(steps: int) -> dict[str, Any]:
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Measures, prints, writes; returns what it wrote."""
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="three methods on the small tower: whether it runs, no figures")
-    parser.add_argument("--out", type=Path, default=OUT, help="where the figures go; the usual place fills the page as well")
+    parser.add_argument("--quick", action="store_true", help="three methods on the small tower: whether it runs, no figures; needs --out")
+    parser.add_argument("--out", type=Path, help=f"where the figures go; the usual place, {OUT.name}, fills the page as well")
     given = parser.parse_args(args)
+    out = place_of(given.out, OUT, given.quick)
     quiet()
     towers = [("miniclip32", "miniclip32", 32, 4, FEW)] if given.quick else TOWERS
     told: dict[str, Any] = {"machine": machine(), "quick": given.quick, "attack_steps": STEPS, "towers": {}}
@@ -254,8 +258,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     text = "\n\n".join(in_words(title, tower) for title, tower in told["towers"].items())
     left = ", ".join(f"{key} {value:.3g}" for key, value in told["growth"]["per_step"].items())
     text += f"\n\nleft behind by a step: {left}"
-    write_whole(given.out, (json.dumps(told, indent=1) + "\n").encode())
-    if given.out == OUT:
+    write_whole(out, (json.dumps(told, indent=1) + "\n").encode())
+    if out == OUT:
         fill(PAGE, "bench.memory", text)
     print(text, flush=True)
     return told

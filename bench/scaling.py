@@ -1,4 +1,4 @@
-"""What several processes cost, measured with two, and a model of many: ``python -m bench.scaling [--quick]``.
+"""What several processes cost, measured with two, and a model of many: ``python -m bench.scaling [--quick --out FILE]``.
 
 Two processes (gloo, one thread each) take TeCoA steps on MiniCLIP-32, in turn: with the all-reduce of gradients, without it (DDP's
 ``no_sync``), and the first process alone with the whole batch. So the all-reduce's cost is a ratio of steps that lie side by side. Steps
@@ -23,7 +23,7 @@ import torch
 
 from aft.cards import write_whole
 from aft.clip.cost import vit_cost
-from bench.machine import fill, machine, ratios, spread, table
+from bench.machine import fill, machine, place_of, ratios, spread, table
 from bench.runs import to_the_end
 from bench.scaling_model import Network, Step, buckets_of, sent
 
@@ -116,9 +116,10 @@ def many() -> list[dict[str, Any]]:
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Measures, prints, writes; returns what it wrote."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few steps: whether it runs, no figures")
-    parser.add_argument("--out", type=Path, default=OUT, help="where the figures go; the usual place fills the page as well")
+    parser.add_argument("--quick", action="store_true", help="a few steps: whether it runs, no figures; needs --out")
+    parser.add_argument("--out", type=Path, help=f"where the figures go; the usual place, {OUT.name}, fills the page as well")
     given = parser.parse_args(args)
+    out = place_of(given.out, OUT, given.quick)
     with tempfile.TemporaryDirectory() as folder:
         found = run_two(Path(folder), given.quick)
     network = fitted(found["transfers"])
@@ -128,8 +129,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             "two_processes": compared(found, network), "wire": wire(found),
             "assumptions": {"achieved_flops": ACHIEVED, "overlap": OVERLAP, "latency": LATENCY, "links": LINKS},
             "many": many()}  # fmt: skip
-    write_whole(given.out, (json.dumps(told, indent=1) + "\n").encode())
-    if given.out == OUT:
+    write_whole(out, (json.dumps(told, indent=1) + "\n").encode())
+    if out == OUT:
         fill(PAGE, "bench.scaling", in_words(told))
     print(in_words(told), flush=True)
     return told

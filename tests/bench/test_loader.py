@@ -6,6 +6,7 @@ import io
 import itertools
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,27 @@ def test_a_step_waits_for_what_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> 
     fast, even, slow = loader.waiting_at(Slow, loader.BATCH / 0.01, 3, 6)  # type: ignore[arg-type]
     assert fast["expected"] == 0.5 and even["expected"] == slow["expected"] == 0
     assert fast["median"] > 0.25 > slow["median"]
+
+
+def test_a_core_is_a_core_and_training_has_them_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rates are measured in one thread; what waits in training, in as many as there were."""
+    threads: dict[str, int] = {}
+
+    def noted(name: str, result: Any) -> Any:
+        """Stands for a measurement."""
+        return lambda *given: (threads.__setitem__(name, torch.get_num_threads()), result)[1]
+
+    one = {"median": 1.0, "quarter": 1.0, "three_quarters": 1.0}
+    rates = {name: {"here": one, "worker": one} for name in (loader.ORIGINAL, loader.REDUCED)}
+    for name, result in (("cases", dict.fromkeys(rates)), ("rates", rates), ("waiting_at", []), ("waiting_in_training", one)):
+        monkeypatch.setattr(loader, name, noted(name, result))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        loader.main(["--quick", "--out", str(tmp_path / "loader.json")])
+        assert threads == {"cases": 1, "rates": 1, "waiting_at": 1, "waiting_in_training": 2} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_cores_follow_from_images_a_second() -> None:

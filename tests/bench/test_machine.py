@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import platform
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from bench import machine
+from aft.errors import ConfigError
+from bench import loader, machine, memory, scaling
 
 
 def test_a_machine_is_described_without_its_name() -> None:
@@ -35,6 +37,15 @@ def test_tables_go_to_their_place_and_nowhere_else(tmp_path: Path) -> None:
     assert page.read_text() == "before\n<!-- x -->\n\n```\ntwo\n```\n\n<!-- end of x -->\nafter\n"
     with pytest.raises(ValueError, match="no place for the figures of y"):
         machine.fill(page, "y", "three")
+
+
+@pytest.mark.parametrize("program", [loader, memory, scaling])
+def test_a_trial_overwrites_no_figures(program: ModuleType) -> None:
+    """Neither file nor page; it is refused before anything is measured."""
+    files = [file.read_bytes() if file.exists() else None for file in (program.OUT, program.PAGE)]
+    with pytest.raises(ConfigError, match="--out"):
+        program.main(["--quick"])
+    assert files == [file.read_bytes() if file.exists() else None for file in (program.OUT, program.PAGE)]
 
 
 @pytest.mark.parametrize(("page", "name"), [("performance", "bench.loader"), ("performance", "bench.memory"), ("scaling", "bench.scaling")])
