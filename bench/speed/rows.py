@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.speed import compilation, counts, evaluation, processes, startup, tricks
 from bench.speed.row import Row, Target
 from bench.speed.setting import BASE, MINI, tiny
-from bench.speed.training import bound, extra_pass, text_each_step
+from bench.speed.training import bound, cache_teacher, extra_pass, text_each_step
 
 NEVER_SLOWER = Target("at least", 1.0)
 NEAR_THE_BOUND = Target("at most", 1.15), Target("at most", 1.05)  # on a GPU
@@ -44,6 +44,8 @@ ROWS: tuple[Row, ...] = (
     Row("two_overhead", "twice a step of two processes / a step of one, same global batch, one thread each", processes.overhead),
     Row("folded", "attack's pass with torch's attention / with ours, MiniCLIP-32, torch's products", tricks.folded(MINI, 64, 20)),
     Row("folded_b32", "the same, ViT-B/32, batch 8", tricks.folded(BASE, 8, 5)),
+    Row("cache_teacher", "FARE's step, teacher asked / its encodings kept, 2 attack steps, MiniCLIP-32",
+        cache_teacher(lambda: MINI, 64, 2, 20)),
     Row("onednn", "attack's pass, fp32 products of torch / by oneDNN, MiniCLIP-32", tricks.onednn),
     Row("bf16", "attack's pass, fp32 / bf16 autocast, MiniCLIP-32", tricks.bf16),
     Row("channels_last", "training pass of a ResNet-50, usual order / channels last", tricks.channels_last),

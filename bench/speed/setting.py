@@ -39,13 +39,15 @@ def tiny() -> ModelSpec:
 
 
 class MadeUp(L.LightningDataModule):
-    """One batch of random images, again and again, and K classes to tell apart.
+    """One batch of random images, again and again, and K classes to tell apart; nothing is augmented.
 
     Args:
         batch_size: B.
         side: H and W, pixels.
         classes: K.
     """
+
+    augment = "none"
 
     def __init__(self, batch_size: int, side: int = 32, classes: int = 10) -> None:
         super().__init__()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -21,8 +23,8 @@ from aft.batch import Batch
 from aft.clip import ModelSpec, ZeroShotModel
 from aft.methods import FARE, AdversarialFineTuning, OptimizerSpec, TeCoA
 from bench.published import ExtraPass, TextEachStep
-from bench.speed.row import Effort, Found
-from bench.speed.setting import MadeUp, beside
+from bench.speed.row import Effort, Found, ratios
+from bench.speed.setting import WARM, MadeUp, beside, trainer
 from callbacks import Throughput
 
 EPS, STEP_SIZE = 2 / 255, 1 / 255
@@ -115,6 +117,49 @@ def text_each_step(clip: Callable[[], ModelSpec], classes: int, batch_size: int,
         loop = TextEachStep(method.model.to(effort.on), prompts, EPS, STEP_SIZE, steps)
         told = {"model": method.spec.name, "batch_size": batch_size, "attack_steps": steps, "classes": classes}
         return theirs_over_ours(method, data, loop.step, effort, repeats, told, gradient_clip_val=None)
+
+    return measure
+
+
+class ColdOrKept(L.Callback):
+    """Seconds of steps that ask the teacher for every image (``cold``) and of steps that asked before (``kept``), each first in turn."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, list[float]] = {"cold": [], "kept": []}
+        self.kind = "cold"
+
+    def clock(self) -> float:
+        """Seconds, once the device has done all that was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Cold, kept, kept, cold, and again."""
+        assert isinstance(pl_module, AdversarialFineTuning) and pl_module.teacher_cache is not None
+        self.kind = "cold" if batch_idx % 4 in (0, 3) else "kept"
+        if self.kind == "cold":
+            pl_module.teacher_cache.kept.clear()
+        self.began = self.clock()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """The weights have moved."""
+        self.seconds[self.kind].append(self.clock() - self.began)
+
+
+def cache_teacher(clip: Callable[[], ModelSpec], batch_size: int, steps: int, repeats: int) -> Callable[[Effort], Found]:
+    """FARE's step with a cache of the teacher's encodings that is empty, over one in which every image is."""
+
+    def measure(effort: Effort) -> Found:
+        """Two steps a repeat."""
+        method = FARE(clip(), attack=attack_of(steps), optimizer=ADAMW, cache_teacher=True)
+        watch = ColdOrKept(effort.on)
+        data = MadeUp(batch_size, method.model.record.resolution)
+        trainer(effort, 2 * (effort.repeats(repeats) + WARM), [watch]).fit(method, datamodule=data)
+        seconds = {kind: values[WARM:] for kind, values in watch.seconds.items()}
+        told = {"model": method.spec.name, "batch_size": batch_size, "attack_steps": steps}
+        return Found(ratios(seconds["cold"], seconds["kept"]), seconds, told)
 
     return measure
 
