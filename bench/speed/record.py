@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +132,20 @@ def cells(row: Mapping[str, Any]) -> list[str]:
             str(len(row["values"])), met]  # fmt: skip
 
 
+def start_in_words(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What a start is spent on, medians of its stretches, and the dearest packages; nothing where it was not measured."""
+    found = next((row for row in rows if row["name"] == "start_up" and row.get("parts")), None)
+    if found is None:
+        return ""
+    stretches = ", ".join(f"{name} {statistics.median(seconds):.1f} s" for name, seconds in found["parts"].items())
+    packages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in list(found["told"]["imports"].items())[:5])
+    return f"A start, by its stretches: {stretches}. Own time of the dearest packages: {packages}."
+
+
 HEADS = ("what", "reach", "median", "middle half", "n", "met")
 
 
-def show(rows: Iterable[Mapping[str, Any]]) -> None:
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """One table on the screen."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name, settings in zip(HEADS, ({"ratio": 1}, {"min_width": 7}, {"justify": "right"}, {}, {"justify": "right"}, {}), strict=True):
@@ -143,6 +153,8 @@ def show(rows: Iterable[Mapping[str, Any]]) -> None:
     for row in rows:
         table.add_row(*cells(row))
     Console(width=COLUMNS).print(table)
+    if said := start_in_words(rows):
+        Console(width=COLUMNS).print(said)
 
 
 def page(told: Mapping[str, Any]) -> str:
@@ -156,4 +168,5 @@ def page(told: Mapping[str, Any]) -> str:
         f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS),
         *(f"| {' | '.join(cells(row))} |" for row in told["rows"]),
     ]  # fmt: skip
-    return "\n".join(lines)
+    said = start_in_words(told["rows"])
+    return "\n".join([*lines, *(["", said] if said else [])])

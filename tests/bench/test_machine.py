@@ -48,7 +48,9 @@ def test_a_trial_overwrites_no_figures(program: ModuleType) -> None:
     assert files == [file.read_bytes() if file.exists() else None for file in (program.OUT, program.PAGE)]
 
 
-@pytest.mark.parametrize(("page", "name"), [("performance", "bench.loader"), ("performance", "bench.memory"), ("scaling", "bench.scaling")])
+@pytest.mark.parametrize(("page", "name"), [
+    *(("performance", f"bench.{name}") for name in ("loader", "memory", "curves", "profile")), ("scaling", "bench.scaling"),
+])  # fmt: skip
 def test_the_pages_have_the_places(page: str, name: str, tmp_path: Path) -> None:
     """A measurement of minutes must not end in an error."""
     text = (Path(__file__).resolve().parents[2] / "docs" / f"{page}.md").read_text(encoding="utf-8")

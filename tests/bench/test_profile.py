@@ -12,7 +12,9 @@ from aft.attacks import PGD
 from aft.batch import Batch
 from aft.clip import ModelSpec
 from aft.methods import FARE, AdversarialFineTuning, OptimizerSpec, TeCoA
+from bench import profile as profiled
 from bench.profile import Waits
+from bench.speed.setting import tiny as small
 from tests.conftest import MemoryData, make_trainer
 
 
@@ -38,6 +40,41 @@ def test_more_attack_steps_wait_no_more(kind: type[AdversarialFineTuning], tiny:
     """Nothing in the attack's loop asks for a number: a GPU is given the whole step at once."""
     few, many = (waits_of_a_step(kind, tiny, steps, tmp_path) for steps in (1, 5))
     assert few == many
+
+
+def test_only_whole_steps_after_the_first_two_are_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Four of them, each with all of its forwards; set-up, which encodes texts, is outside."""
+    seen: list[int] = []
+
+    class Context:
+        """Stands for a profiler."""
+
+        def __enter__(self) -> None:
+            seen.append(len(calls))
+
+        def __exit__(self, *error: object) -> None:
+            seen.append(len(calls))
+
+    calls: list[int] = []
+    step = TeCoA.training_step
+    monkeypatch.setattr(TeCoA, "training_step", lambda *given: (calls.append(1), step(*given))[1])
+    profiled.steps_of(small(), 4, 1)(Context())
+    assert seen == [2, 6] and len(calls) == 6
+
+
+def test_the_page_has_the_usual_settings_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Both models and the evaluation, with the largest operations and the waits of a step."""
+    page = tmp_path / "page.md"
+    page.write_text("<!-- bench.profile -->\n<!-- end of bench.profile -->\n")
+    monkeypatch.setattr(profiled, "PAGE", page)
+    for name in ("MINI", "BASE"):
+        monkeypatch.setattr(profiled, name, small())
+    profiled.main(["--batch_size", "4", "--images", "2", "--steps", "1"])
+    assert "own time" not in page.read_text()
+    monkeypatch.setattr(profiled, "an_evaluation", lambda images, steps: profiled.steps_of(small(), 2, 1))
+    profiled.main([])
+    text = page.read_text()
+    assert all(part in text for part in ("MiniCLIP-32, batch 64", "ViT-B/32, batch 8", "evaluation, 32 images", "aten::addmm", "waits: "))
 
 
 def test_a_wait_is_counted() -> None:

@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aft.clip import cost, load_model
 from aft.errors import ConfigError, DataError
-from aft.methods import TeCoA
+from aft.methods import FARE, TeCoA
 from bench.speed import __main__ as command
 from bench.speed import counts, record, startup
 from bench.speed.row import Effort, Found, NotHere, Row, Target, middle_half
 from bench.speed.rows import ROWS
 from bench.speed.setting import MadeUp, SideBySide, beside, tiny, trainer
-from bench.speed.training import ADAMW, Bare, against_bound, attack_of, text_each_step
+from bench.speed.training import ADAMW, Bare, ColdOrKept, against_bound, attack_of, cache_teacher, text_each_step
 
 
 def row_of(values: list[float], target: Target | None = None, name: str = "made_up") -> Row:
@@ -117,6 +117,24 @@ def test_what_the_trainer_does_after_a_step_is_in_the_step() -> None:
     watch = beside(method, MadeUp(4), {"other": lambda batch: None}, Effort(), 4, logger=Slow("nowhere"), log_every_n_steps=2)
     gone = [step - arithmetic for step, arithmetic in zip(watch.seconds["step"], watch.seconds["arithmetic"], strict=True)]
     assert min(gone[1::2]) > 0.2 > max(gone[2::2]) and max(watch.seconds["other"]) < 0.2
+
+
+def test_the_teacher_is_asked_in_cold_steps_alone() -> None:
+    """Cold, kept, kept, cold: a pair of steps has one of each."""
+    watch, asked = ColdOrKept(torch.device("cpu")), []
+
+    class Asked(L.Callback):
+        """Watches the teacher."""
+
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            """Each of its forwards, with the kind of the step."""
+            pl_module.teacher.visual.register_forward_pre_hook(lambda *_: asked.append(watch.kind))  # type: ignore[union-attr]
+
+    method = FARE(tiny(), attack=attack_of(1), optimizer=ADAMW, cache_teacher=True)
+    trainer(Effort(), 8, [watch, Asked()]).fit(method, datamodule=MadeUp(4))
+    assert asked == ["cold"] * 4 and [len(one) for one in watch.seconds.values()] == [4, 4]
+    found = cache_teacher(tiny, 4, 1, 2)(Effort(quick=True))
+    assert len(found.values) == 2 and found.values[0] == found.parts["cold"][0] / found.parts["kept"][0]
 
 
 def test_the_bound_of_a_whole_step_has_the_optimisers_step_in_it() -> None:
@@ -219,6 +237,17 @@ def test_the_page_says_what_was_measured() -> None:
         pytest.skip("results/bench.json is not there: run make bench")
     assert command.with_table(page, record.page(record.read(command.OUT))) == page
     assert not json.loads(command.OUT.read_text())["quick"]
+
+
+def test_the_stretches_of_a_start_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the screen and on the page; nothing is said where no start was measured."""
+    found = Found([4.0, 6.0], {"imports": [3.0, 5.0], "first step": [1.0, 1.0]}, {"imports": {"torch": 1.25, "numpy": 0.5}})
+    row = record.measured(row_of([4.0], name="start_up"), found, Effort(), 1.0, 0.0)
+    said = "imports 4.0 s, first step 1.0 s. Own time of the dearest packages: torch 1.2 s, numpy 0.5 s."
+    record.show([row])
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert said in record.page({**record.head(Effort()), "rows": [row]})
+    assert record.start_in_words([record.missing(row_of([1.0], name="start_up"), "no")]) == ""
 
 
 def test_a_wait_that_comes_seldom_counts(monkeypatch: pytest.MonkeyPatch) -> None:
