@@ -201,7 +201,7 @@ def test_a_row_that_cannot_be_measured_says_why() -> None:
 def test_a_row_that_fails_ends_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What it said stands in its row and on the page, whatever signs are in it; the command ends with 1."""
     def broken(effort: Effort) -> Found:
-        raise RuntimeError("no | more\n/home/of/somebody: line 3")
+        raise RuntimeError("no | more\n/place/of/somebody: line 3")
 
     out, page = tmp_path / "bench.json", tmp_path / "page.md"
     page.write_text(f"{command.BEGIN}\n{command.END}\n")
@@ -219,7 +219,7 @@ def test_a_row_that_fails_ends_no_other(tmp_path: Path, capsys: pytest.CaptureFi
     told, other = record.read(out)["rows"]
     assert told["not_measured"] == "RuntimeError: no / more" and told["failed"] and other["median"] == 1.0
     assert "| what fails |  | not measured: RuntimeError: no / more |" in seen[0], "file and page are written after every row"
-    assert "what follows" in page.read_text() and "/home/of/somebody" in capsys.readouterr().err
+    assert "what follows" in page.read_text() and "/place/of/somebody" in capsys.readouterr().err
     assert command.main(["--only", "last"]) == 0
 
 
