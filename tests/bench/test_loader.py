@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +28,35 @@ def test_pictures_cost_what_photographs_cost() -> None:
     assert 20_000 < len(data.getvalue()) < 150_000 and loader.picture(0).tobytes() == loader.picture.__wrapped__(0).tobytes()
 
 
-class Slow:
-    """Stands for a datamodule whose batches take 10 ms each, one after the other."""
+class Clock:
+    """Stands for the module ``time``: it goes on by what is slept alone, however busy the machine is."""
 
-    def __init__(self, workers: int) -> None:
-        self.end = time.perf_counter()
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        """Now."""
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """Later."""
+        self.now += seconds
 
 
 def test_a_step_waits_for_what_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of half the time that a batch takes wait half of the time; of twice the time, hardly ever."""
-    monkeypatch.setattr(loader, "endless", lambda slow: (ready(slow) for _ in itertools.count()))
+    """Of a worker that takes 10 ms a batch, two batches ahead at most: steps of 5 ms wait half of the time, steps of 10 or 20 ms never."""
+    clock, ends = Clock(), [0.0]
 
-    def ready(slow: Slow) -> None:
-        slow.end = max(slow.end + 0.01, time.perf_counter() - 0.02)  # two batches ahead at most
-        time.sleep(max(0.0, slow.end - time.perf_counter()))
+    def ready() -> None:
+        """When the next batch is."""
+        ends.append(max(ends[-1] + 0.01, clock.now - 0.02))
+        clock.sleep(max(0.0, ends[-1] - clock.now))
 
-    fast, even, slow = loader.waiting_at(Slow, loader.BATCH / 0.01, 3, 6)  # type: ignore[arg-type]
+    monkeypatch.setattr(loader, "time", clock)
+    monkeypatch.setattr(loader, "endless", lambda data: (ready() for _ in itertools.count()))
+    fast, even, slow = loader.waiting_at(lambda workers: None, loader.BATCH / 0.01, 3, 6)  # type: ignore[arg-type,return-value]
     assert fast["expected"] == 0.5 and even["expected"] == slow["expected"] == 0
-    assert fast["median"] > 0.25 > slow["median"]
+    assert fast["median"] == pytest.approx(0.5) and even["median"] == pytest.approx(0) == slow["median"]
 
 
 def test_a_core_is_a_core_and_training_has_them_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
