@@ -31,7 +31,7 @@ check: $(STAMP) ## ruff (style, common faults) and mypy (strict for aft)
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-bench: $(STAMP) ## measure speed as ratios: one table, results/bench.json (about 15 minutes on two idle cores)
+bench: $(STAMP) ## measure speed as ratios: one table, results/bench.json (about 13 minutes on two idle cores)
 	$(RUN) -m bench.speed
 
 data: ## link real data sets for training: make data DATA=FOLDER
