@@ -25,7 +25,7 @@ class Census:
     Args:
         step: how many optimiser steps were made.
         tensors: number of tensors that Python holds, without those that a traced graph left (they have shapes and no memory).
-        bytes: of their storages, each once.
+        bytes: of their storages, each once; of sparse tensors, none.
         objects: all that the garbage collector follows.
         resident: of the process, bytes; none where the system does not tell.
     """
@@ -42,7 +42,8 @@ class Census:
         gc.collect()
         objects = gc.get_objects()
         tensors = [one for one in objects if type(one) in REAL]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
+        real = [one.untyped_storage() for one in tensors if not one.is_meta and one.layout == torch.strided]
+        storages = {storage.data_ptr(): storage.nbytes() for storage in real}
         return cls(step, len(tensors), sum(storages.values()), len(objects), status("VmRSS"))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
@@ -82,6 +83,13 @@ def test_what_comes_once_is_not_growth() -> None:
     assert growth.per_step == {"tensors": 0.0, "bytes": 0.0, "objects": 0.0}
     growth.found = [Census(100 * place, 10, 0, objects, None) for place, objects in enumerate((0, 100, -5_000, -4_900, -4_800))]
     assert growth.per_step["objects"] == 1.0
+
+
+def test_sparse_tensors_are_counted() -> None:
+    """They have no one storage; somebody's does not end the census."""
+    before = Census.now(0).tensors
+    kept = torch.eye(3).to_sparse()
+    assert Census.now(0).tensors == before + 1 and kept.is_sparse
 
 
 def test_memory_of_the_process_is_seen() -> None:
