@@ -24,11 +24,13 @@ def use_onednn() -> bool:
 
     torch's wheels multiply fp32 matrices by MKL, which takes a slow path on processors that are not Intel's: on an AMD EPYC with
     AVX-512 about 97 GFLOP/s a core, while oneDNN, in the same wheel, reaches 210. Only ``aten::mm`` and ``aten::addmm`` of fp32
-    matrices with at least ``LEAST`` multiplications are replaced, below autograd and autocast: gradients, gradients of gradients and
-    counted operations are as before, and results differ by the order of their sums. Programs call this once, at their start;
-    importing ``aft`` replaces nothing.
+    matrices with ``M >= K`` and at least ``LEAST`` multiplications are replaced, below autograd and autocast: gradients, gradients of
+    gradients and counted operations are as before, and results differ by the order of their sums. Sums over more than M terms, such as
+    gradients of weights over all tokens, are torch's still: oneDNN took up to five times as long for them. Programs call this once, at
+    their start; importing ``aft`` replaces nothing.
 
-    Does nothing on Intel's processors, which MKL serves well, without MKL or oneDNN, and where ``AFT_ONEDNN=0`` is set.
+    Does nothing on Intel's processors, which MKL serves well, on those without AVX-512, where nothing was measured, without MKL or oneDNN,
+    and where ``AFT_ONEDNN=0`` is set.
     """
     if not _libraries and wanted():
         library = torch.library.Library("aten", "IMPL")
@@ -64,7 +66,8 @@ def torchs_products() -> Iterator[None]:
 def wanted() -> bool:
     """Whether oneDNN is there, MKL as well, and the processor one on which it is faster."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return both and os.environ.get(SWITCH) != "0" and "GenuineIntel" not in vendor()
+    measured = torch.backends.cpu.get_cpu_capability() == "AVX512" and "GenuineIntel" not in vendor()
+    return both and measured and os.environ.get(SWITCH) != "0"
 
 
 def vendor() -> str:
@@ -74,9 +77,11 @@ def vendor() -> str:
 
 
 def _fits(left_MK: Tensor, right_KN: Tensor) -> bool:
-    """Large fp32 matrices that can be multiplied; torch says what is wrong with others."""
-    plain = all(one.ndim == 2 and one.dtype == torch.float32 and one.layout == torch.strided for one in (left_MK, right_KN))
-    return plain and left_MK.shape[1] == right_KN.shape[0] and left_MK.shape[0] * right_KN.numel() >= LEAST
+    """Large fp32 matrices that can be multiplied, and sums that are not long; torch says what is wrong with others."""
+    if not all(one.ndim == 2 and one.dtype == torch.float32 for one in (left_MK, right_KN)):
+        return False
+    rows, inner = left_MK.shape
+    return rows >= inner == right_KN.shape[0] and rows * right_KN.numel() >= LEAST
 
 
 def _mm(left_MK: Tensor, right_KN: Tensor) -> Tensor:
