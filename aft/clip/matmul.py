@@ -14,6 +14,8 @@ from torch import Tensor
 
 #: Multiplications M K N from which on the other kernel pays: a call of it takes some 60 microseconds more.
 LEAST = 2**22
+#: Terms K of a sum, over rows M, up to which it pays.
+LONGEST = 4
 #: Set to 0, nothing is replaced.
 SWITCH = "AFT_ONEDNN"
 _libraries: list[torch.library.Library] = []  # a replacement lasts as long as its library
@@ -24,9 +26,9 @@ def use_onednn() -> bool:
 
     torch's wheels multiply fp32 matrices by MKL, which takes a slow path on processors that are not Intel's: on an AMD EPYC with
     AVX-512 about 97 GFLOP/s a core, while oneDNN, in the same wheel, reaches 210. Only ``aten::mm`` and ``aten::addmm`` of fp32
-    matrices with ``M >= K`` and at least ``LEAST`` multiplications are replaced, below autograd and autocast: gradients, gradients of
-    gradients and counted operations are as before, and results differ by the order of their sums. Sums over more than M terms, such as
-    gradients of weights over all tokens, are torch's still: oneDNN took up to five times as long for them. Programs call this once, at
+    matrices with ``K <= 4 M`` and at least ``LEAST`` multiplications are replaced, below autograd and autocast: gradients, gradients of
+    gradients and counted operations are as before, and results differ by the order of their sums. Longer sums, such as gradients of
+    weights over very many tokens, are torch's still: oneDNN took up to five times as long for them. Programs call this once, at
     their start; importing ``aft`` replaces nothing.
 
     Does nothing on Intel's processors, which MKL serves well, on those without AVX-512, where nothing was measured, without MKL or oneDNN,
@@ -81,7 +83,7 @@ def _fits(left_MK: Tensor, right_KN: Tensor) -> bool:
     if not all(one.ndim == 2 and one.dtype == torch.float32 for one in (left_MK, right_KN)):
         return False
     rows, inner = left_MK.shape
-    return rows >= inner == right_KN.shape[0] and rows * right_KN.numel() >= LEAST
+    return inner == right_KN.shape[0] and inner <= LONGEST * rows and rows * right_KN.numel() >= LEAST
 
 
 def _mm(left_MK: Tensor, right_KN: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def test_gradients_are_those_of_float64(calls: list[tuple[int, ...]], bias: bool
         assert torch.allclose(ours.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.detach().abs().max()))
     rows = 20 * (tokens or 1)
     assert {(rows, 12, 8), (rows, 8, 12)} <= set(calls), "forward, by the input"
-    assert (8, rows, 12) not in calls, "by the weights: a long sum"
+    assert ((8, rows, 12) in calls) is (rows <= matmul.LONGEST * 8), "by the weights, where the sum is not long"
 
 
 def test_order_in_memory_does_not_matter(calls: list[tuple[int, ...]]) -> None:
@@ -86,7 +86,7 @@ def test_order_in_memory_does_not_matter(calls: list[tuple[int, ...]]) -> None:
     (made(40, 40).bfloat16(), made(40, 40).bfloat16()),
     (torch.ones(40, 40, dtype=torch.int64), torch.ones(40, 40, dtype=torch.int64)),
     (made(5, 5), made(5, 5)),
-    (made(40, 41), made(41, 40)),
+    (made(10, 41), made(41, 40)),
     (made(40, 0), made(0, 40)),
     (made(40, 40).detach().to_sparse(), made(40, 40)),
 ], ids=["float64", "bf16", "int64", "small", "long sum", "empty", "sparse"])  # fmt: skip
