@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
@@ -83,6 +84,16 @@ def keep_statistics(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             part.eval()
+
+
+def order_for_convolutions(visual: nn.Module) -> None:
+    """Keeps the weights of a ResNet of CLIP with their channels last in memory, as convolutions read them fastest; in place.
+
+    Values, names and files are as before; results differ by the order of sums. A ViT has one convolution without overlap and a ConvNeXt
+    turns its channels itself: neither has anything to gain.
+    """
+    if isinstance(visual, ModifiedResNet):
+        visual.to(memory_format=torch.channels_last)
 
 
 def has_tokens(visual: nn.Module) -> bool:

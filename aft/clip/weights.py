@@ -32,6 +32,7 @@ from aft.clip.fit import INPUT, Sizes, check_fit, sizes_of_config, sizes_of_stat
 from aft.clip.layouts import Layout, detect
 from aft.clip.model import ModelRecord, ZeroShotModel, state_hash
 from aft.clip.text_transform import stored_transform
+from aft.clip.towers import order_for_convolutions
 from aft.clip.trainable import as_trained
 from aft.clip.training_data import TRAINED_ON, UNSAID, DataUse, data_in, joined
 from aft.errors import ConfigError, WeightsError
@@ -108,6 +109,7 @@ def load_model(spec: ModelSpec | str = ModelSpec()) -> ZeroShotModel:
     for parameter in [*model.text_parameters, *model.text_transform.parameters(), model.clip.get_parameter("logit_scale")]:
         parameter.requires_grad_(False)
     fold_attention(model.visual)
+    order_for_convolutions(model.visual)
     return model.float().eval()
 
 

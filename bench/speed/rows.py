@@ -48,7 +48,7 @@ ROWS: tuple[Row, ...] = (
         cache_teacher(lambda: MINI, 64, 2, 20)),
     Row("onednn", "attack's pass, fp32 products of torch / by oneDNN, MiniCLIP-32", tricks.onednn),
     Row("bf16", "attack's pass, fp32 / bf16 autocast, MiniCLIP-32", tricks.bf16),
-    Row("channels_last", "training pass of a ResNet-50, usual order / channels last", tricks.channels_last),
+    Row("channels_last", "attack's pass, usual order / channels last, ResNet-50, batch 4", tricks.channels_last),
     Row("fused", "AdamW's step by default / fused, weights of a ViT-B/32", tricks.fused),
     Row("compiled", "attack's pass, eager / compiled, MiniCLIP-32, torch's products", compilation.compiled),
 )  # fmt: skip

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from aft.attacks import PGD
 from aft.clip import ModelSpec, ZeroShotModel, load_model
+from aft.clip.model import state_hash
+from aft.clip.pack import pack_tower
 from aft.clip.towers import encode_with_tokens, has_tokens, keep_statistics, tower_parts
 from aft.errors import ConfigError
 from aft.methods import ContrastivePretraining, OptimizerSpec, TeCoA
@@ -199,3 +202,18 @@ def test_keep_statistics_leaves_other_modes_alone() -> None:
     tower = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout()).train()
     keep_statistics(tower)
     assert [part.training for part in tower] == [True, False, True]
+
+
+def test_a_resnet_s_weights_lie_with_channels_last(tmp_path: Path) -> None:
+    """Convolutions run in the order of the weights; values are as before, and files hold tensors as all programs expect them."""
+    model = load_model(ModelSpec("resnet", "random")).double()
+    usual = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    x, orders = pixels_of(model), []
+    for tower in (model, usual):
+        tower.visual.layer1.register_forward_hook(  # type: ignore[operator, union-attr]
+            lambda _, args, out: orders.append(out.is_contiguous(memory_format=torch.channels_last))
+        )
+    torch.testing.assert_close(model.encode(x).embedding_BD, usual.encode(x).embedding_BD, rtol=1e-12, atol=1e-12)
+    assert orders == [True, False] and state_hash(model) == state_hash(usual)
+    pack_tower(model, tmp_path / "tower.safetensors")
+    assert all(value.is_contiguous() for value in load_file(tmp_path / "tower.safetensors").values())
