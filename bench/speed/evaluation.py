@@ -116,7 +116,7 @@ def along_shares(effort: Effort) -> Found:
     The ends are counted: no image robust (all break at once), and every image robust. Between them lie radii of a robust model with other
     shares: an image that breaks late costs more than the line says, so 1 is the least. ``curve`` has forwards and seconds an image.
     """
-    images, radii = (4, (2,)) if effort.quick else (32, (0.5, 1, 2, 4))
+    images, radii = (4, (2,)) if effort.quick else (128, (0.5, 1, 2, 4))
     model = robust_model()
 
     def under(eps: float) -> dict[str, float]:

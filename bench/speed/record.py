@@ -18,7 +18,9 @@ from aft.cards import write_whole
 from aft.clip.matmul import products
 from aft.errors import DataError
 from aft.evaluation import origin
+from aft.evaluation.effort import span
 from bench.speed.row import Effort, Found, Row, middle_half
+from datamodules.zero_shot_table import table as suite
 
 SCHEMA = "aft.bench/1"
 COLUMNS = 80
@@ -142,6 +144,25 @@ def start_in_words(rows: Iterable[Mapping[str, Any]]) -> str:
     return f"A start, by its stretches: {stretches}. Own time of the dearest packages: {packages}."
 
 
+def shares_in_words(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What an evaluation costs by the share of images that nothing breaks, as Markdown; nothing where it was not measured.
+
+    The last column is the whole zero-shot suite at that pace, all images of its sets, were each as small as those that were measured.
+    """
+    found = next((row for row in rows if row["name"] == "along_shares" and row.get("told")), None)
+    if found is None:
+        return ""
+    told, images = found["told"], sum(record.images for record in suite().values())
+    curve = sorted(told["curve"], key=lambda one: float(one["robust_share"]))
+    lines = [f"| {one['robust_share']:.0%} | {one['forwards']:.1f} | {1000 * one['seconds']:.0f} | {span(one['seconds'] * images)} |"
+             for one in curve]  # fmt: skip
+    return "\n".join([
+        f"An evaluation of MiniCLIP-32 by the share of its images that are robust ({told['attacks']}; {told['steps']} steps, "
+        f"{told['targets']} targets; {told['images']} images, whose share the radius sets):", "",
+        f"| robust share | forwards an image | ms an image | zero-shot suite, {images:,} images |", "|---|---|---|---|", *lines,
+    ])  # fmt: skip
+
+
 HEADS = ("what", "reach", "median", "middle half", "n", "met")
 
 
@@ -168,5 +189,5 @@ def page(told: Mapping[str, Any]) -> str:
         f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS),
         *(f"| {' | '.join(cells(row))} |" for row in told["rows"]),
     ]  # fmt: skip
-    said = start_in_words(told["rows"])
-    return "\n".join([*lines, *(["", said] if said else [])])
+    said = [one for one in (start_in_words(told["rows"]), shares_in_words(told["rows"])) if one]
+    return "\n\n".join(["\n".join(lines), *said])

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aft.clip import cost, load_model
 from aft.errors import ConfigError, DataError
+from aft.evaluation.effort import span
 from aft.methods import FARE, TeCoA
 from bench.speed import __main__ as command
 from bench.speed import counts, record, startup
@@ -22,6 +23,7 @@ from bench.speed.row import Effort, Found, NotHere, Row, Target, middle_half
 from bench.speed.rows import ROWS
 from bench.speed.setting import MadeUp, SideBySide, beside, tiny, trainer
 from bench.speed.training import ADAMW, Bare, ColdOrKept, against_bound, attack_of, cache_teacher, text_each_step
+from datamodules.zero_shot_table import table
 
 
 def row_of(values: list[float], target: Target | None = None, name: str = "made_up") -> Row:
@@ -151,10 +153,14 @@ def test_the_bound_of_a_whole_step_has_the_optimisers_step_in_it() -> None:
     assert max(moved) == pytest.approx(ADAMW.lr, rel=0.01) and all(p.grad is None for p in bare.learning.parameters())
 
 
-def test_more_classes_slow_the_published_loop_alone() -> None:
-    few, many = (text_each_step(tiny, classes, 4, 1, 2)(Effort(quick=True)) for classes in (2, 64))
-    assert min(many.parts["theirs"]) > max(few.parts["theirs"])
-    assert min(many.values) > max(few.values) > 0
+def test_more_classes_slow_the_published_loop_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that counts operations, so that other work on the machine changes nothing."""
+    with FlopCounterMode(display=False) as counter:
+        monkeypatch.setattr(SideBySide, "clock", lambda self: (float(counter.get_total_flops()),) * 2)
+        few, many = (text_each_step(tiny, classes, 4, 1, 2)(Effort(quick=True)) for classes in (2, 64))
+    assert min(many.parts["theirs"]) > 2 * max(few.parts["theirs"])
+    assert max(many.parts["step"]) == pytest.approx(min(few.parts["step"]), rel=0.01)
+    assert min(many.values) > max(few.values) > 1
 
 
 def test_a_quick_run_writes_the_file_and_shows_the_table(
@@ -248,6 +254,20 @@ def test_the_stretches_of_a_start_are_shown(capsys: pytest.CaptureFixture[str]) 
     assert said in " ".join(capsys.readouterr().out.split())
     assert said in record.page({**record.head(Effort()), "rows": [row]})
     assert record.start_in_words([record.missing(row_of([1.0], name="start_up"), "no")]) == ""
+
+
+def test_the_cost_of_an_evaluation_is_shown_by_its_robust_share() -> None:
+    """On the page, in the order of the shares; the suite's time is that of all of its images."""
+    curve = [{"robust_share": share, "forwards": 3 + 85 * share, "seconds": 0.01 + 0.1 * share} for share in (0.0, 1.0, 0.25)]
+    told = {"attacks": "APGD-CE", "steps": 20, "targets": 3, "images": 4, "curve": curve}
+    row = record.measured(row_of([1.0], name="along_shares"), Found([1.0], {}, told), Effort(), 1.0, 0.0)
+    shown = [line for line in record.page({**record.head(Effort()), "rows": [row]}).splitlines() if "%" in line]
+    images = sum(one.images for one in table().values())
+    assert [line.split("|")[1:4] for line in shown] == [
+        [" 0% ", " 3.0 ", " 10 "], [" 25% ", " 24.2 ", " 35 "], [" 100% ", " 88.0 ", " 110 "]
+    ]  # fmt: skip
+    assert shown[0].split("|")[4].strip() == span(0.01 * images)
+    assert record.shares_in_words([record.missing(row_of([1.0], name="along_shares"), "no")]) == ""
 
 
 def test_a_wait_that_comes_seldom_counts(monkeypatch: pytest.MonkeyPatch) -> None:
