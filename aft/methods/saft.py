@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,6 +35,21 @@ class DescriptionAlignment(Term):
 register_term("description_alignment", DescriptionAlignment)
 
 
+def own_descriptions(phrases: Sequence[Sequence[str]]) -> list[list[str]]:
+    """What describes each class and no other: its first phrase, its last (a gloss, where the data have one), then those between.
+
+    A phrase of two classes, such as a broader term, would ask the cross-entropy to tell equal texts apart. A class that shares all of
+    its phrases keeps its first.
+
+    Example:
+        >>> own_descriptions([("pug", "pug-dog", "dog", "small, with a flat nose"), ("collie", "dog")])
+        [['pug', 'small, with a flat nose', 'pug-dog'], ['collie']]
+    """
+    classes = Counter(phrase for of_class in phrases for phrase in set(of_class))
+    own = [[phrase for phrase in of_class if classes[phrase] == 1] or [of_class[0]] for of_class in phrases]
+    return [list(dict.fromkeys([of_class[0], of_class[-1], *of_class])) for of_class in own]
+
+
 class SAFT(TeCoA):
     """TeCoA on n descriptions a class: the attack has to break them all, and so moves away from the meaning, not from a phrase.
 
@@ -41,8 +57,8 @@ class SAFT(TeCoA):
     steps: ``k + 1``.
 
     Args:
-        descriptions: n, at least 1. A description of a class is one of its phrases in a template: names, broader terms and glosses from the
-            data set (WordNet's, for Tiny-ImageNet), in their order and over again where there are fewer than n.
+        descriptions: n, at least 1. A description of a class is one of the data set's phrases in a template (:func:`own_descriptions`: its
+            name, its gloss, then its other names and broader terms), over again where there are fewer than n.
 
     For the other arguments see :class:`AdversarialFineTuning`.
 
@@ -71,8 +87,8 @@ class SAFT(TeCoA):
         phrases = self.data.class_phrases
         if not phrases:
             raise DataError("the data set has no phrases to describe its classes by: give class names, or a classes.json with glosses.")
-        templates = self.templates or self.data.templates
-        of_each = [[of_class[j % len(of_class)] for of_class in phrases] for j in range(self.descriptions)]
+        templates, own = self.templates or self.data.templates, own_descriptions(phrases)
+        of_each = [[of_class[j % len(of_class)] for of_class in own] for j in range(self.descriptions)]
         return torch.stack([self.model.text_bank(names, templates) for names in of_each], 1)
 
     def objective(self, targets: Targets) -> Objective:

@@ -296,7 +296,7 @@ def case_of(method: AdversarialFineTuning, teacher: ZeroShotModel, data: MemoryD
         return unit(student.clip.encode_text(student.tokenizer([template.format(p) for p in phrases])).numpy())  # type: ignore[operator]
 
     names = list(data.class_lists["train"])
-    phrased = [[of_class[j % 3] for of_class in data.class_phrases] for j in range(5)]
+    phrased = [[of_class[j % 2] for of_class in data.class_phrases] for j in range(5)]  # the third is true of all classes
     return Case(
         scale=method.logit_scale or float(student.logit_scale), y=batch.labels.numpy(),
         adversarial=seen["adversarial"].embedding_BD.numpy(), clean=seen["clean"].embedding_BD.numpy(),

@@ -23,6 +23,7 @@ from aft.errors import AftError, ConfigError, DataError, WeightsError
 from aft.methods import AGFT, FARE, LORE, PMGAFT, SAFT, TGAZSR, TRADES, AdvFLYP, OptimizerSpec, SimCLIP, TeCoA
 from aft.methods.distillation import CleanConsistency, TeacherDistillation
 from aft.methods.lore import CleanConstraint
+from aft.methods.saft import own_descriptions
 from aft.methods.tga_zsr import AttentionRefinement
 from datamodules import Sample
 from tests.conftest import TINY, MemoryData, make_trainer
@@ -192,15 +193,25 @@ def test_agft_with_certain_soft_labels_is_tecoa_on_the_teachers_answers(tiny: Mo
 
 
 def test_saft_with_one_description_of_names_is_tecoa(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
-    """n = 1 takes the names; more than there are go round; the loss is the mean over descriptions."""
+    """n = 1 takes the names; more than a class has of its own go round; the loss is the mean over descriptions."""
     one, tecoa = ready("saft", tiny, data, tmp_path, descriptions=1), ready("tecoa", tiny, data, tmp_path)
     assert torch.equal(one.targets(data.batches()[0]).text["descriptions"][:, 0], tecoa.class_bank("train"))
     many = ready("saft", tiny, data, tmp_path, descriptions=4)
     targets, views = opened(many, data)
     bank = targets.text["descriptions"]
-    assert bank.shape == (3, 4, 16) and torch.equal(bank[:, 0], bank[:, 3]) and not torch.equal(bank[:, 0], bank[:, 1])
+    assert bank.shape == (3, 4, 16) and torch.equal(bank[:, 0], bank[:, 2]) and not torch.equal(bank[:, 0], bank[:, 1])
     each = [functional.cross_entropy(views.logits_over(views.adversarial, bank[:, j]), targets.labels) for j in range(4)]
     torch.testing.assert_close(many.terms["description_alignment"](targets, views), sum(each) / 4)
+
+
+def test_descriptions_are_of_one_class_alone_and_the_gloss_is_among_them() -> None:
+    """A broader term of two classes would be two rows that nothing tells apart; glosses come last in the data and second here."""
+    phrases = [
+        ("pug", "a", "b", "c", "dog", "vessel", "gloss of a pug"), ("urn", "vessel", "gloss of an urn"), ("jar", "vessel", "gloss of a jar")
+    ]  # fmt: skip
+    own = own_descriptions(phrases)
+    assert own == [["pug", "gloss of a pug", "a", "b", "c", "dog"], ["urn", "gloss of an urn"], ["jar", "gloss of a jar"]]
+    assert own_descriptions([("crane", "gloss 1"), ("crane", "gloss 2"), ("x",), ("x",)]) == [["gloss 1"], ["gloss 2"], ["x"], ["x"]]
 
 
 def test_advflyp_holds_every_equal_caption_true(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
