@@ -60,7 +60,7 @@ def rival_margins(text_KD: Tensor, margin: float, function: MarginFunction = "de
         ``[K, K]``, zero on the diagonal.
 
     Raises:
-        ConfigError: an unknown function or a negative margin.
+        ConfigError: an unknown function, a negative margin, or one class alone.
 
     Reference:
         TIMA, arXiv 2405.17678 (text-aware margin). Its exact form is unpublished: this one is ours.
@@ -74,6 +74,8 @@ def rival_margins(text_KD: Tensor, margin: float, function: MarginFunction = "de
         raise ConfigError(unknown_name("margin function", str(function), MARGIN_FUNCTIONS))
     if not margin >= 0:
         raise ConfigError(f"margin = {margin} is negative: give 0 or more, in logits.")
+    if len(text_KD) < 2:
+        raise ConfigError(f"margins between {len(text_KD)} class: rivals need two classes or more.")
     off_KK = ~torch.eye(len(text_KD), dtype=torch.bool, device=text_KD.device)
     far_KK = _distances(text_KD).clamp_min(0).sqrt()
     low, high = far_KK[off_KK].min(), far_KK[off_KK].max()

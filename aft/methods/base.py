@@ -35,6 +35,7 @@ from aft.methods.views import Views
 
 IN_THE_BAR = ("train/loss", "train/adversarial_accuracy")
 TEACHER_NEEDS = frozenset({"teacher_clean", "teacher_adversarial"})
+MADE_TEXTS = {"captions": "AdvFLYP or ContrastivePretraining", "descriptions": "SAFT"}
 NEGATION_TEMPLATES = ("This is not a photo of a {}",)
 
 
@@ -67,7 +68,8 @@ class AdversarialFineTuning(ClipModule):
 
     default_terms: ClassVar[Mapping[str, Term]] = {}
     objective_needs: ClassVar[frozenset[str]] = frozenset()
-    makes_captions: ClassVar[bool] = False
+    #: Texts that a method makes and others do not: captions, descriptions.
+    makes: ClassVar[frozenset[str]] = frozenset()
     #: No default of the constructor's argument: the command line's parser would pass none in its place.
     default_text_transform: ClassVar[TextTransformSpec | None] = None
 
@@ -115,26 +117,35 @@ class AdversarialFineTuning(ClipModule):
         """Checks needs and builds the teacher.
 
         Raises:
-            ConfigError: tokens are asked of a tower that has none, captions of a method that makes none, gradients accumulate over
-                a loss that couples samples, or the teacher's encodings of images that change are to be kept.
+            ConfigError: tokens are asked of a tower that has none, captions or descriptions of a method that makes none, gradients
+                accumulate over a loss that couples samples, or the teacher's encodings of images that change are to be kept.
         """
         super().setup(stage)
+        self._refuse_accumulation()
         for name, term in self.terms.items():
-            if "captions" in term.needs and not self.makes_captions:
-                raise ConfigError(
-                    f"terms.{name} needs captions, and {type(self).__name__} makes none: use AdvFLYP or ContrastivePretraining, or take "
-                    f"the term out, {{{name}: null}}."
-                )
+            for text in sorted((term.needs & MADE_TEXTS.keys()) - self.makes):
+                raise ConfigError(f"terms.{name} needs {text}, and {type(self).__name__} makes none: use {MADE_TEXTS[text]}, or take the "
+                                  f"term out, {{{name}: null}}.")  # fmt: skip
             if "tokens" in term.needs:
                 check_tokens(self.model.visual, f"terms.{name} needs patch tokens: ")
-        coupled = [name for name, term in self.terms.items() if term.couples_batch]
-        if coupled and self.trainer.accumulate_grad_batches > 1:
-            raise ConfigError(f"{coupled[0]} is defined on the whole batch: accumulate_grad_batches must be 1; raise batch_size instead.")
         check_sight(self.phases, self.model.visual, "tokens" in self.needs)
         if self.needs & TEACHER_NEEDS and not self._teacher:
             self._teacher = (self._load_teacher(),)
+            if "tokens" in self.needs:
+                check_tokens(self._teacher[0].visual, f"teacher = {self._teacher[0].record.name} is asked for patch tokens: ")
         if self.teacher_cache is not None:
             check_cache(getattr(self.data, "augment", None), self.needs)
+
+    def _refuse_accumulation(self) -> None:
+        """Raises ConfigError where gradients accumulate over parts of a batch that a term couples."""
+        coupled, parts = [name for name, term in self.terms.items() if term.couples_batch], self.trainer.accumulate_grad_batches
+        if coupled and parts > 1:
+            raise ConfigError(f"accumulate_grad_batches = {parts}, but terms.{coupled[0]} is defined on the whole batch: set "
+                              "accumulate_grad_batches to 1, and raise batch_size instead.")  # fmt: skip
+
+    def on_train_epoch_start(self) -> None:
+        """A callback may have changed how many parts a step has."""
+        self._refuse_accumulation()
 
     def on_train_start(self) -> None:
         """Phases need a run with an end.
@@ -248,6 +259,7 @@ class AdversarialFineTuning(ClipModule):
             targets.adversarial_BCHW = targets.images if adversarial is None else adversarial.x_BCHW
             views.open(targets.images, None if adversarial is None else adversarial.x_BCHW)
             losses = {name: term(targets, views) for name, term in self.terms.items()}
+            refuse_constants(losses)
             total = torch.stack([self.terms[name].weight_at(self.global_step) * loss for name, loss in losses.items()]).sum()
         self._log_step(targets, views, adversarial, losses, total)
         self._parts.append((batch.index, total.detach()))
@@ -277,7 +289,17 @@ class AdversarialFineTuning(ClipModule):
         self.last_adversarial_BCHW = None if adversarial is None else adversarial.x_BCHW.detach()
 
     def on_after_backward(self) -> None:
-        """Free adversarial training: the gradient that is there moves the perturbations, too."""
+        """Free adversarial training: the gradient that is there moves the perturbations, too.
+
+        Raises:
+            ConfigError: the text transformation learns, and no term reads class texts or captions as they are now.
+        """
+        transform = self.model.text_transform
+        if any(parameter.requires_grad and parameter.grad is None for parameter in transform.parameters()):
+            raise ConfigError(
+                f"text_transform = {transform.name} is to learn, and no term of this run reads tuned texts ({', '.join(self.terms)}): "
+                "add one that does, such as alignment, or set text_transform to identity."
+            )
         if self.perturbations is not None:
             self.perturbations.after_backward()
 
@@ -336,6 +358,16 @@ class AdversarialFineTuning(ClipModule):
 
     def _teacher_hash(self) -> str | None:
         return self._teacher[0].record.sha256 if self._teacher else None
+
+
+def refuse_constants(losses: Mapping[str, Tensor]) -> None:
+    """Raises ConfigError for a term that depends on nothing that learns."""
+    constant = [name for name, loss in losses.items() if not loss.requires_grad]
+    if constant:
+        raise ConfigError(
+            f"terms.{constant[0]} depends on nothing that learns: it reads class texts alone, which are frozen. Set text_transform: "
+            f"{{name: residual}}, or take the term out, {{{constant[0]}: null}}."
+        )
 
 
 def need_attack(attack: Attack | None, method: str) -> Attack:

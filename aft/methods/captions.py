@@ -33,9 +33,12 @@ class Captions:
     _embedded: Tensor | None = field(init=False, default=None, repr=False)
 
     def embed(self, model: ZeroShotModel) -> Tensor:
-        """Unit embeddings of all captions, ``[M, D]``; with gradient where the text tower learns. The tower runs once."""
+        """Unit embeddings of all captions, ``[M, D]``, as the model classifies with them: through its text transformation, too.
+
+        With gradient where the text side learns. The tower runs once.
+        """
         if self._embedded is None:
-            own_bD = model.encode_text(self.texts)
+            own_bD = model.text_transform(model.encode_text(self.texts))
             self._embedded = own_bD if self.shared else gather_with_gradient(own_bD)
         return self._embedded
 

@@ -33,6 +33,11 @@ class Divergence(Term):
     reduction: Reduction = "mean"
     bank: str = "class"
 
+    @property
+    def couples_batch(self) -> bool:  # type: ignore[override]
+        """Over the captions of a batch, which are those of all its images."""
+        return self.bank == "captions"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("direction", self.direction, ("adversarial_first", "adversarial_second"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from aft.methods.base import AdversarialFineTuning
 from aft.methods.captions import Captions, drawn_captions, given_captions
 from aft.methods.objectives import EncodingObjective
 from aft.methods.targets import Targets
+from aft.methods.terms import one_of
 
 
 class LearningFromCaptions(AdversarialFineTuning):
@@ -31,10 +33,10 @@ class LearningFromCaptions(AdversarialFineTuning):
     For the other arguments see :class:`AdversarialFineTuning`.
 
     Raises:
-        ConfigError: name_share is no share.
+        ConfigError: name_share is no share, or captions_per is unknown.
     """
 
-    makes_captions: ClassVar[bool] = True
+    makes: ClassVar[frozenset[str]] = frozenset({"captions"})
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class LearningFromCaptions(AdversarialFineTuning):
         super().__init__(*args, **kwargs)
         if not 0 <= name_share <= 1:
             raise ConfigError(f"name_share = {name_share} is outside [0, 1]: it is the share of captions that take the class's first name.")
+        one_of("captions_per", captions_per, ("image", "class"))
         self.captions_per = captions_per
         self.caption_templates = list(caption_templates or CAPTION_TEMPLATES)
         self.name_share = name_share
@@ -59,12 +62,21 @@ class LearningFromCaptions(AdversarialFineTuning):
         """
         if batch.captions is not None:
             return given_captions(batch.captions, batch.images.device)
+        if batch.labels is None:
+            raise DataError("this batch has neither captions nor labels to draw captions by: use data with captions, or labelled data.")
         labels_B, phrases = self._check_labels(batch), self.data.class_phrases
         if not phrases:
             raise DataError("the data set has no phrases to make captions of: give class names, or data with captions.")
         step = f"{self.seed}/{self.global_step}"
         keys = step if self.captions_per == "class" else [f"{step}/{index}" for index in batch.index.tolist()]
         return drawn_captions(phrases, labels_B, keys, self.caption_templates, self.name_share)
+
+    def live_banks(self, targets: Targets) -> dict[str, Callable[[], Tensor]]:
+        """Adds the captions' embeddings with gradient, where the text tower or the text transformation learns."""
+        live, captions = super().live_banks(targets), targets.captions
+        if captions is None or not (self.trains_text or live):
+            return live
+        return {**live, "captions": lambda: captions.embed(self.model)}
 
     def objective(self, targets: Targets) -> EncodingObjective:
         """The image-to-caption cross-entropy of this process's images."""

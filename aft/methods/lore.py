@@ -26,8 +26,8 @@ class CleanConstraint(Term, nn.Module):
     an ascent step of the dual. They take a plain gradient step of size ``lr`` of their own after every ``every``-th step of the tower.
 
     ``dual``: ``network`` gives each sample its own multiplier, ``softplus(MLP(unit f_0(x)))`` with ``hidden`` units; ``scalar`` has one
-    for all (dual ascent). ``start`` is the multiplier at first. Logged: the multiplier, the violation (mean of ``max(c, 0)``) and the
-    share of samples that violate.
+    for all (dual ascent). ``start`` is the multiplier at first. Its own value is always 0 and is no figure to watch: logged are the penalty
+    ``mean(m c)``, the multiplier, the violation (mean of ``max(c, 0)``) and the share of samples that violate.
     """
 
     rho: float = 0.1
@@ -78,7 +78,10 @@ class CleanConstraint(Term, nn.Module):
         c_B = squared_distance(views.clean.embedding_BD, reference_BD) - allowed_B
         m_B = self.multiplier(reference_BD)
         beyond_B = c_B.detach() > 0
-        self.figures = {"multiplier": m_B.mean(), "violation": c_B.clamp_min(0).mean(), "violated": beyond_B.float().mean()}
+        self.figures = {
+            "penalty": (m_B * c_B).mean(), "multiplier": m_B.mean(), "violation": c_B.clamp_min(0).mean(),
+            "violated": beyond_B.float().mean(),
+        }  # fmt: skip
         return (m_B.detach() * c_B - m_B * c_B.detach()).mean()
 
     @torch.no_grad()

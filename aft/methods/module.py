@@ -287,9 +287,9 @@ class ClipModule(L.LightningModule):
 
 
 def check_scale(name: str, scale: float | None) -> None:
-    """Raises ConfigError for a factor on cosines, or a temperature, that is not above zero."""
-    if scale is not None and not scale > 0:
-        raise ConfigError(f"{name} = {scale} is not above 0: a factor on cosines, or a temperature, is positive.")
+    """Raises ConfigError for a factor on cosines, or a temperature, that is not above zero and finite."""
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ConfigError(f"{name} = {scale} is not above 0 and finite: a factor on cosines, or a temperature, is positive.")
 
 
 def suspects(parts: Sequence[tuple[Tensor, Tensor]]) -> str:

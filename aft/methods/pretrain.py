@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from aft.methods.learning_from_captions import LearningFromCaptions
-from aft.methods.targets import Targets
 from aft.methods.terms import CaptionContrast, Term
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -40,12 +38,6 @@ class ContrastivePretraining(LearningFromCaptions):
     def recipe(self) -> str:
         """Not the method's own name where an attack makes it an adversarial one."""
         return self.method if self.attack is None else "adversarial_pretraining"
-
-    def live_banks(self, targets: Targets) -> dict[str, Callable[[], Tensor]]:
-        """The captions' embeddings with gradient: the text tower learns."""
-        captions = targets.captions
-        assert captions is not None
-        return {**super().live_banks(targets), "captions": lambda: captions.embed(self.model)}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Keeps the logit scale at 100 or below, as CLIP does."""

@@ -24,7 +24,7 @@ from aft.methods.views import Views
 class DescriptionAlignment(Term):
     """Mean over n descriptions of the cross-entropy among all classes' texts of that description (SAFT)."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"labels"})
+    needs: ClassVar[frozenset[str]] = frozenset({"labels", "descriptions"})
 
     def __call__(self, targets: Targets, views: Views) -> Tensor:
         """``mean_i (1/n) sum_j CE(s cos(z_i, t_.j), y_i)``."""
@@ -71,6 +71,7 @@ class SAFT(TeCoA):
     """
 
     method: ClassVar[str] = "saft"
+    makes: ClassVar[frozenset[str]] = frozenset({"descriptions"})
     default_terms: ClassVar[Mapping[str, Term]] = {"description_alignment": DescriptionAlignment()}
 
     def __init__(self, *args: Any, descriptions: int = 5, **kwargs: Any) -> None:

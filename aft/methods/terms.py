@@ -19,7 +19,7 @@ from aft.methods.targets import Targets
 from aft.methods.views import Views
 
 #: What a term may need: it decides whether a teacher is built and is checked when a run is set up.
-NEEDS = frozenset({"labels", "captions", "tokens", "teacher_clean", "teacher_adversarial", "student_clean", "clean"})
+NEEDS = frozenset({"labels", "captions", "descriptions", "tokens", "teacher_clean", "teacher_adversarial", "student_clean", "clean"})
 
 #: Types of settings that are checked by their annotation, and what errors call them.
 PLAIN: dict[Any, str] = {float: "a finite number", int: "a whole number", bool: "true or false", str: "a name", type(None): "null"}
@@ -46,7 +46,7 @@ class Term:
     """One summand of a method's loss.
 
     Subclasses add typed settings, say what they ``need``, and compute a scalar from targets and views.
-    ``couples_batch`` marks a loss in which samples see each other, so that the global batch defines it.
+    ``couples_batch`` says of a loss that samples see each other, so that the global batch defines it.
     A term with parameters is an ``nn.Module`` too: they are in DDP and in the checkpoint, and in the method's optimiser unless
     ``steps_itself``; then ``after_step`` moves them. ``figures`` holds what it wants logged of its last call.
     """
@@ -63,7 +63,7 @@ class Term:
                 raise ConfigError(f"weight = {self.weight}: a ramp has exactly the keys {', '.join(known)}.")
             self.weight = Ramp(**self.weight)
         numbers = (self.weight.start, self.weight.end, self.weight.steps) if isinstance(self.weight, Ramp) else (self.weight,)
-        if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
+        if not all(isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number) for number in numbers):
             raise ConfigError(f"weight = {self.weight} is not a finite number: write a number, or a ramp with start, end and steps.")
         if min(numbers) < 0:
             raise ConfigError(f"weight = {self.weight} is negative: a term is made smaller; give 0 or more.")

@@ -36,8 +36,9 @@ class TRADES(TeCoA):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if getattr(self.attack, "random_start", True) is False:
-            raise ConfigError("attack.random_start = false: TRADES' divergence has no gradient at the clean image; start at random.")
+        if any(getattr(attack, "random_start", True) is False for attack in (self.attack, *self._attacks.values())):
+            raise ConfigError("attack.random_start = false: TRADES' divergence has no gradient at the clean image; start at random, in "
+                              "every phase.")  # fmt: skip
 
     def objective(self, targets: Targets) -> Objective:
         """``KL(P(x) || P(x + delta))``, the student's clean distribution held constant."""

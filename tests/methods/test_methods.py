@@ -332,7 +332,7 @@ def test_what_the_data_or_the_trainer_cannot_give_is_refused(tiny: ModelSpec, da
         ({"name": "advflyp"}, {}, "no phrases"),
         ({"name": "saft"}, {}, "no phrases"),
         ({"name": "tecoa", "terms": {"caption_contrast": {}}}, {}, "terms.caption_contrast needs captions, and TeCoA makes none"),
-        ({"name": "advflyp"}, {"accumulate_grad_batches": 2}, "accumulate_grad_batches must be 1"),
+        ({"name": "advflyp"}, {"accumulate_grad_batches": 2}, "accumulate_grad_batches = 2, but terms.caption_contrast"),
     ):
         data.class_phrases = ()
         method = build(**{"clip": tiny, **settings})  # type: ignore[arg-type]

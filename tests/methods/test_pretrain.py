@@ -85,7 +85,7 @@ def test_caption_data_need_no_labels(data: MemoryData, tmp_path: Path) -> None:
 def test_neither_labels_nor_captions(data: MemoryData, tmp_path: Path) -> None:
     """An image alone teaches no text."""
     data.batches = lambda: [Batch(data.images[:4], torch.arange(4))]  # type: ignore[method-assign]
-    with pytest.raises(DataError, match="no labels"):
+    with pytest.raises(DataError, match="neither captions nor labels"):
         make_trainer(tmp_path, limit_val_batches=0).fit(pretraining(), datamodule=data)
 
 

@@ -228,7 +228,7 @@ def test_out_of_memory_names_batch_size_and_attack_steps(tiny: ModelSpec, data: 
 
 def test_a_coupled_loss_refuses_accumulation(data: MemoryData, tmp_path: Path) -> None:
     """It is defined on the whole batch."""
-    with pytest.raises(ConfigError, match="accumulate_grad_batches must be 1"):
+    with pytest.raises(ConfigError, match="accumulate_grad_batches = 2, but terms.caption_contrast is defined on the whole batch"):
         make_trainer(tmp_path, accumulate_grad_batches=2).fit(ContrastivePretraining(ModelSpec("tiny", "random")), datamodule=data)
 
 
