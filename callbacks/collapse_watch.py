@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from aft.attacks import FGSM, PGD, ClassificationObjective, sample_keys
 from aft.batch import Batch
+from aft.clip import ZeroShotModel, load_model
 from aft.errors import ConfigError
 from aft.methods import AdversarialFineTuning
 
@@ -21,8 +22,9 @@ class CollapseWatch(L.Callback):
     """Every so many steps, on the images of that step: robust accuracy under one large step and under many small ones.
 
     Logged: ``watch/one_step`` and ``watch/multi_step`` (robust accuracy of the training images under FGSM and under PGD, at the radius of
-    training), ``watch/drift`` (one minus the mean cosine of clean embeddings to those at the start of the run; after a resume, to those
-    there) and ``watch/largest_class_share`` (of clean predictions). Warned of, once each, with the step:
+    training), ``watch/drift`` (one minus the mean cosine of clean embeddings to the teacher's: where no term has one, the model's that the
+    run starts from; random weights are compared with themselves at this start) and ``watch/largest_class_share`` (of clean predictions).
+    Warned of, once a run, with the step and the one of the look before, between which it began:
 
     * **catastrophic overfitting**: the model withstands one step and falls to several, which training with one step alone does not see;
     * **collapse**: nearly all images get one class.
@@ -50,12 +52,22 @@ class CollapseWatch(L.Callback):
         self.warned: set[str] = set()
         self.reference: tuple[Batch, Tensor] | None = None
         self.looked = -1
+        self.before = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run need not say again."""
+        return {"warned": sorted(self.warned), "looked": self.looked}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.warned, self.looked = set(state_dict["warned"]), state_dict["looked"]
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Keeps the clean embeddings of the first batch, to measure the drift by."""
+        """Keeps what the teacher says of this start's first batch, to measure the drift by."""
         if self.reference is None and isinstance(pl_module, AdversarialFineTuning):
-            with quietly(pl_module.model):
-                self.reference = (batch, pl_module.model.encode(batch.images).unit_BD)
+            teacher = pl_module.teacher or starting_model(pl_module)
+            with quietly(teacher):
+                self.reference = (batch, teacher.encode(batch.images).unit_BD)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """A look, where it is due: the batch has labels and the method an attack with a radius."""
@@ -63,7 +75,7 @@ class CollapseWatch(L.Callback):
         eps = getattr(pl_module, "eps_trained", None)
         if step % self.every or step == self.looked or not isinstance(pl_module, AdversarialFineTuning) or batch.labels is None or not eps:
             return
-        self.looked = step
+        self.before, self.looked = self.looked, step
         figures = self.look(pl_module, batch, batch.labels, eps)
         for name, value in figures.items():
             pl_module.log(f"watch/{name}", value, batch_size=len(batch.images))
@@ -88,18 +100,27 @@ class CollapseWatch(L.Callback):
 
     def _warn(self, step: int, figures: dict[str, float]) -> None:
         one, multi, share = figures["one_step"], figures["multi_step"], figures["largest_class_share"]
+        since = f" (not yet at step {self.before})" if self.before >= 0 else ""
         if one - multi >= self.gap and "overfitting" not in self.warned:
             self.warned.add("overfitting")
             warnings.warn(
-                f"catastrophic overfitting at step {step}: {100 * one:.0f} % of the training images withstand one step, "
+                f"catastrophic overfitting at step {step}{since}: {100 * one:.0f} % of the training images withstand one step, "
                 f"{100 * multi:.0f} % withstand {self.steps}. Train with more steps, a smaller step size or a smaller eps.", stacklevel=2,
             )  # fmt: skip
         if share >= self.largest_share and "collapse" not in self.warned:
             self.warned.add("collapse")
             warnings.warn(
-                f"collapse at step {step}: {100 * share:.0f} % of the images get one class. Lower lr, or look at eps and at the terms.",
-                stacklevel=2,
-            )
+                f"collapse at step {step}{since}: {100 * share:.0f} % of the images get one class. "
+                "Lower lr, or look at eps and at the terms.", stacklevel=2,
+            )  # fmt: skip
+
+
+def starting_model(module: AdversarialFineTuning) -> ZeroShotModel:
+    """The model that a run starts from, loaded again; the model itself where its first weights were random."""
+    if module.spec.pretrained == "random":
+        return module.model
+    weight = module.model.clip.get_parameter("logit_scale")
+    return load_model(module.spec).to(weight.device, weight.dtype)
 
 
 @contextmanager

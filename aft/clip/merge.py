@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aft.clip.files import load_strictly
 from aft.clip.model import ZeroShotModel, state_hash
@@ -64,12 +65,25 @@ def _refuse_another(base: ZeroShotModel, model: ZeroShotModel) -> None:
         ("text_transform", model.text_transform.name, base.text_transform.name), ("prompts", model.record.prompts, base.record.prompts),
     ):  # fmt: skip
         if theirs != ours:
-            raise WeightsError(f"{model.record.name} has {what} = {theirs}, the base has {ours}: only models of one base can be merged.")
+            why = "towers cannot be mixed that read other texts" if what == "text_transform" else "only models of one base can be merged"
+            raise WeightsError(f"{model.record.name} has {what} = {theirs}, the base has {ours}: {why}; leave it out.")
+    if not same_tensors(model.text_transform, base.text_transform):
+        raise WeightsError(f"{model.record.name} and the base both have text_transform = {base.text_transform.name}, of other values: "
+                           "towers cannot be mixed that read other texts; leave it out.")  # fmt: skip
+    if model.record.base_sha256 not in (None, base.record.sha256):
+        warnings.warn(f"{model.record.name} was fine-tuned from weights of sha256 {str(model.record.base_sha256)[:8]}, the base has "
+                      f"{base.record.sha256[:8]}: its difference is more than its own fine-tuning.", stacklevel=3)  # fmt: skip
     shapes = {name: value.shape for name, value in base.visual.state_dict().items()}
     others = {name: value.shape for name, value in model.visual.state_dict().items()}
     if shapes != others:
         name = next(name for name in {**shapes, **others} if shapes.get(name) != others.get(name))
         raise WeightsError(f"{model.record.name} differs from the base in {name}: {others.get(name)} against {shapes.get(name)}.")
+
+
+def same_tensors(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two modules of one kind hold the same values."""
+    states = first.state_dict(), second.state_dict()
+    return states[0].keys() == states[1].keys() and all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def _with_tower(base: ZeroShotModel, state: Mapping[str, Tensor], recipe: str, data: tuple[DataUse, ...]) -> ZeroShotModel:
@@ -92,7 +106,7 @@ def add_files(base: ZeroShotModel, name: str, added: Sequence[str]) -> ZeroShotM
 
     Raises:
         ConfigError: one is not written so.
-        WeightsError: a file cannot be loaded, or is of another base.
+        WeightsError: a file cannot be loaded, or its tower, preprocessing or text transformation is not the base's.
     """
     tuned = []
     for text in added:

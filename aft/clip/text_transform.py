@@ -135,6 +135,9 @@ class Expansion(TextTransform):
             raise ConfigError("text_transform = expansion was not fitted yet: fit it on the training classes, or load a checkpoint.")
         angle_K, azimuth_KD = _about(mean_D, text_KD.double())
         wide_K = (gain * angle_K).clamp(max=math.pi)
+        if folded := int((gain * angle_K > math.pi).sum()):
+            warnings.warn(f"{folded} of {len(text_KD)} class texts would turn past 180 degrees and stay there, all alike: expansion cannot "
+                          "tell them apart.", stacklevel=2)  # fmt: skip
         beyond = int((gain * angle_K > math.pi / 2 + 1e-3).sum())
         if beyond and self.quantile == 1:
             warnings.warn(f"{beyond} of {len(text_KD)} class texts lie farther from the mean direction than any training class: expansion "

@@ -11,25 +11,38 @@ import torch
 from aft.attacks import FGSM, PGD
 from aft.clip import ModelSpec
 from aft.errors import ConfigError
-from aft.methods import OptimizerSpec, TeCoA
+from aft.methods import FARE, OptimizerSpec, TeCoA
 from callbacks import CollapseWatch
 from tests.conftest import MemoryData, make_trainer
 
 
 def test_fgsm_at_a_large_eps_overfits_and_is_seen(tiny: ModelSpec, tmp_path: Path) -> None:
-    """FGSM at 32/255 learns to withstand one step and nothing else: a warning with the step; PGD at a small eps gives none."""
+    """FGSM at 32/255 learns to withstand one step and nothing else: a warning with the step; PGD at a small eps gives none.
+
+    The step is that of the first look whose gap is too large, and the one before it is named, too.
+    """
+    gaps: dict[int, float] = {}
+
+    class Noting(CollapseWatch):
+        """Keeps the gap of each look."""
+
+        def _warn(self, step: int, figures: dict[str, float]) -> None:
+            gaps[step] = figures["one_step"] - figures["multi_step"]
+            super()._warn(step, figures)
 
     def told(attack: FGSM | PGD) -> list[str]:
         method = TeCoA(tiny, attack=attack, optimizer=OptimizerSpec(lr=1e-3, warmup_steps=5, schedule="constant"))
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            watch = CollapseWatch(every=20, steps=20, gap=0.5)
+            watch = Noting(every=10, steps=20, gap=0.5)
             trainer = make_trainer(tmp_path, max_steps=60, max_epochs=-1, limit_val_batches=0, callbacks=[watch])
             trainer.fit(method, datamodule=MemoryData(count=96, batch_size=48))
         return [str(w.message) for w in seen if "catastrophic overfitting at step" in str(w.message)]
 
     (warning,) = told(FGSM(eps="32/255"))
-    assert "at step 20:" in warning or "at step 40:" in warning or "at step 60:" in warning
+    first = min(step for step, gap in gaps.items() if gap >= 0.5)
+    assert list(gaps) == [10, 20, 30, 40, 50, 60] and first > 10
+    assert f"overfitting at step {first} (not yet at step {first - 10}):" in warning
     assert told(PGD(eps="2/255", step_size="1/255", steps=4)) == []
 
 
@@ -46,6 +59,29 @@ def test_it_changes_nothing_and_logs_its_figures(tiny: ModelSpec, data: MemoryDa
     assert all(torch.equal(value, watched[key]) for key, value in plain.items())
     assert all(0 <= float(logged[f"watch/{name}"]) <= 1 for name in ("one_step", "multi_step", "largest_class_share"))
     assert 0 < float(logged["watch/drift"]) < 2
+
+
+def test_drift_is_from_the_teacher_and_a_warning_is_given_once_a_run(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """Also after a resume: not from what the model was then. Another teacher is far away from the start on."""
+
+    def fit(steps: int, checkpoint: Path | None = None, **settings: ModelSpec) -> tuple[float, CollapseWatch]:
+        watch = CollapseWatch(every=1, steps=1, largest_share=0.01)
+        kind, attack = (FARE if settings else TeCoA), PGD(eps="8/255", step_size="4/255", steps=1)
+        method = kind(tiny, attack=attack, optimizer=OptimizerSpec(lr=3e-3), **settings)
+        trainer = make_trainer(tmp_path, max_steps=steps, limit_val_batches=0, callbacks=[watch])
+        trainer.fit(method, datamodule=data, ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        return float(trainer.callback_metrics["watch/drift"]), watch
+
+    with pytest.warns(UserWarning, match="collapse at step 1:"):
+        drift, _ = fit(3)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        resumed, watch = fit(4, tmp_path / "x.ckpt")
+    assert resumed > drift / 2 > 1e-4 and watch.warned == {"collapse"}
+    assert not any("collapse" in str(one.message) for one in seen)
+    with pytest.warns(UserWarning, match="collapse"):
+        assert fit(1, teacher=ModelSpec("tiny", "random"))[0] > 0.3
 
 
 def test_each_warning_is_given_once_and_below_the_threshold_not_at_all() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from aft.clip import ModelSpec, ZeroShotModel, load_model
 from aft.clip.merge import add_task_vectors, interpolate, main
 from aft.clip.pack import pack_tower
+from aft.clip.text_transform import Expansion
 from aft.errors import ConfigError, WeightsError
 
 
@@ -80,3 +83,23 @@ def test_a_name_that_nothing_would_read_is_refused(tmp_path: Path) -> None:
     """Safetensors under the name of a checkpoint would be taken for a damaged one."""
     with pytest.raises(ConfigError, match="x.ckpt: the image tower is written as safetensors"):
         main([str(tmp_path / "x.ckpt"), "--base", "tiny", "--add", "y.ckpt=0.5"])
+
+
+def test_models_of_another_start_or_with_other_texts_are_told_apart(tiny: ModelSpec, tuned: list[ZeroShotModel]) -> None:
+    """Two expansions of other classes are no one text side; a model that began elsewhere is mixed, and that is said."""
+    expanded = [load_model(tiny) for _ in range(3)]
+    for model, count in zip(expanded, (3, 3, 4), strict=True):
+        model.text_transform = Expansion(model.width)
+        model.text_transform.fit(torch.eye(model.width)[:count])
+    add_task_vectors(expanded[0], [(expanded[1], 0.5)])
+    with pytest.raises(WeightsError, match="both have text_transform = expansion, of other values"):
+        add_task_vectors(expanded[0], [(expanded[2], 0.5)])
+    with pytest.raises(WeightsError, match="text_transform = expansion, the base has identity: towers cannot be mixed"):
+        add_task_vectors(load_model(tiny), [(expanded[0], 0.5)])
+    base = load_model(tiny)
+    for sha256, warned in ((base.record.sha256, False), ("0" * 64, True)):
+        tuned[0].record = replace(tuned[0].record, base_sha256=sha256)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            add_task_vectors(base, [(tuned[0], 0.5)])
+        assert any("fine-tuned from weights of sha256 00000000" in str(one.message) for one in caught) == warned
