@@ -25,7 +25,7 @@ from aft.errors import unknown_name
 from bench import cheaper_report
 from bench.machine import machine
 from bench.meter import MARKS
-from bench.runs import HERE, Method, fit, images_a_second
+from bench.runs import HERE, Method, fit, measured_speed
 from bench.step_cost import parts_of, planned, spent
 
 RECIPE = HERE / "bench" / "cheaper_training.yaml"
@@ -100,10 +100,9 @@ def step_times(recipe: dict[str, Any]) -> dict[str, list[float]]:
 def seconds_of_a_step(recipe: dict[str, Any], label: str, row: dict[str, Any], model: dict[str, Any]) -> float:
     """Of a short run."""
     own = with_data(recipe, row)
-    trainer = {"log_every_n_steps": 1, **row.get("trainer", {})}
-    folder = RUNS / "timing" / label
-    fit(own, Method(label, "TeCoA", model), folder, recipe["rate"], recipe["timing"]["steps"], 0, trainer)
-    return own["shared"]["data"]["init_args"]["batch_size"] / images_a_second(folder)
+    steps, folder, trainer = recipe["timing"]["steps"], RUNS / "timing" / label, row.get("trainer", {})
+    images_a_second = measured_speed(own, Method(label, "TeCoA", model), folder, recipe["rate"], steps, trainer)
+    return own["shared"]["data"]["init_args"]["batch_size"] / images_a_second
 
 
 def with_data(recipe: dict[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:

@@ -272,7 +272,7 @@ def pretraining(results: Path, runs: Mapping[str, Any], n: int) -> list[str]:
 def page(recipe: Mapping[str, Any], results: Path) -> str:
     """All of ``results/methods_table/README.md``."""
     runs = runs_of(results)
-    costs = json.loads(path.read_text()) if (path := results / "cost.json").exists() else {}
+    costs = json.loads(path.read_text())["ratios"] if (path := results / "cost.json").exists() else {}
     given = recipe["evaluate"]
     lines = [
         "# Every method by one recipe",

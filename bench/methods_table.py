@@ -28,7 +28,8 @@ from aft.clip import ModelSpec, load_model
 from aft.clip.pack import pack_tower
 from aft.errors import unknown_name
 from bench import methods_report
-from bench.runs import HERE, Method, fit, images_a_second, run
+from bench.machine import machine
+from bench.runs import HERE, Method, fit, measured_speed, run
 
 RECIPE = HERE / "bench" / "methods_table.yaml"
 RUNS = HERE / "runs" / "methods_table"
@@ -78,8 +79,7 @@ def relative_costs(recipe: dict[str, Any], methods: list[Method]) -> dict[str, f
         speeds = {}
         for method in methods:
             folder = RUNS / "cost" / f"{method.name}-{turn}"
-            fit(recipe, method, folder, min(recipe["search"]["rates"]), given["steps"], 0, {"log_every_n_steps": 1})
-            speeds[method.name] = images_a_second(folder)
+            speeds[method.name] = measured_speed(recipe, method, folder, min(recipe["search"]["rates"]), given["steps"])
         for name, speed in speeds.items():
             ratios.setdefault(name, []).append(speeds["tecoa"] / speed)
     return {name: statistics.median(values) for name, values in ratios.items()}
@@ -166,10 +166,10 @@ def keep(label: str, told: dict[str, Any]) -> None:
 
 
 def keep_costs(costs: dict[str, float]) -> None:
-    """Adds to ``results/methods_table/cost.json``."""
+    """Adds to ``results/methods_table/cost.json``, with the machine that the last of them were measured on."""
     path = RESULTS / "cost.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    write_whole(path, (json.dumps({**before, **costs}, indent=1) + "\n").encode())
+    before = json.loads(path.read_text())["ratios"] if path.exists() else {}
+    write_whole(path, (json.dumps({"machine": machine(), "ratios": {**before, **costs}}, indent=1) + "\n").encode())
 
 
 def write_page(recipe: dict[str, Any]) -> None:

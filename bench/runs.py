@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -93,6 +94,15 @@ def fit(
     run("train.py", "fit", "-c", str(folder / "recipe.yaml"), "--ckpt_path", "last", log=folder / "log.txt")
     (folder / "done").touch()
     return checkpoint
+
+
+def measured_speed(
+    recipe: dict[str, Any], method: Method, folder: Path, rate: float, steps: int, trainer: dict[str, Any] | None = None
+) -> float:
+    """Images a second of a short run, which is made anew each time: the median of what its steps logged."""
+    shutil.rmtree(folder, ignore_errors=True)
+    fit(recipe, method, folder, rate, steps, 0, {"log_every_n_steps": 1, **(trainer or {})})
+    return images_a_second(folder)
 
 
 def images_a_second(folder: Path) -> float:

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from aft.batch import Batch
-from aft.clip import ModelSpec, ZeroShotModel, load_model, weights
-from aft.clip.matmul import use_onednn
+from aft.clip import ModelSpec, ZeroShotModel, load_model, matmul, weights
 
-use_onednn()  # as train.py and eval.py do: in whatever order tests come, all multiply alike
+matmul.use_onednn()  # as train.py and eval.py do: in whatever order tests come, all multiply alike
 
 TINY = {
     "model_cfg": {
@@ -27,6 +26,16 @@ TINY = {
     },
     "preprocess_cfg": {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]},
 }
+
+
+@pytest.fixture
+def on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the processor: one on which fp32 products go to oneDNN when they are asked to."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
+        pytest.skip("torch was built here without MKL or without oneDNN: there is nothing to replace")
+    monkeypatch.setattr(matmul, "vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.delenv(matmul.SWITCH, raising=False)
 
 
 @pytest.fixture(scope="session")
