@@ -25,9 +25,9 @@ from aft.methods.views import Views
 class AttentionTerm(Term):
     """Distance of the student's text-guided attention from the frozen original's on the clean image.
 
-    ``axis`` is what token norms are taken over (``channel``: the paper; ``token``: as released). ``size`` is the side of the enlarged
-    map in pixels, by which the term grows; none means the size of the images that the tower sees. ``complement`` multiplies the map by
-    one minus the map of "This is not a photo of a ..." (Comp-TGA).
+    ``axis`` is what norms are taken over (``channel``: the paper; ``token``: as released, class token included). ``size`` is the side of
+    the enlarged map in pixels, by which the term grows; none means the size of the images that the tower sees. ``complement`` multiplies
+    the map by one minus the map of "This is not a photo of a ..." (Comp-TGA).
     """
 
     axis: Axis = "channel"
@@ -47,11 +47,13 @@ class AttentionTerm(Term):
     def _map(self, encoding: Encoding, targets: Targets) -> Tensor:
         tokens_BND = encoding.tokens_BND
         assert tokens_BND is not None
-        size = self.size or targets.resolution
-        map_BS = text_guided_attention(tokens_BND, targets.text["class"][targets.labels], size, self.axis)
-        if not self.complement:
-            return map_BS
-        return map_BS * (1 - text_guided_attention(tokens_BND, targets.text["negation"][targets.labels], size, self.axis))
+
+        def map_of(bank: str) -> Tensor:
+            """Of each image's text in a bank."""
+            text_BD, size = targets.text[bank][targets.labels], self.size or targets.resolution
+            return text_guided_attention(tokens_BND, text_BD, size, self.axis, encoding.embedding_BD)
+
+        return map_of("class") * (1 - map_of("negation")) if self.complement else map_of("class")
 
 
 @dataclass(eq=False)
@@ -100,7 +102,7 @@ class TGAZSR(TeCoA):
 
     Where the released code differs (read in its repository; ``configs/methods/tga_zsr_released.yaml``: ``axis: token``):
         * tokens are divided by each channel's norm over all tokens, the class token included, so the map holds no cosines; the ports of
-          AGFT and AdvFLYP do the same. (Here the class token is left out of that norm: a difference that stays.)
+          AGFT and AdvFLYP do the same;
         * the min-max has no guard, so a constant map gives NaN; its gradient runs through minimum and maximum (here, too);
         * Comp-TGA seeds torch in every step, so that the attack's random start is always the same; maps are enlarged with antialiasing,
           and its texts are multiplied by the logit scale, which the min-max takes out again;

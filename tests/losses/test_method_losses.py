@@ -75,16 +75,18 @@ def test_distances_from_the_formula() -> None:
         assert float(unit_distance(3 * a, b)[i]) == pytest.approx(math.sqrt(2 - 2 * dot / size), rel=1e-9)
 
 
-@pytest.mark.parametrize("axis", ["channel", "token"])
-def test_attention_from_the_formula(axis: str) -> None:
-    """Nearest-neighbour size (the patch grid itself): inner products over the named norm, scaled to [0, 1]."""
+@pytest.mark.parametrize(("axis", "with_class"), [("channel", False), ("channel", True), ("token", False), ("token", True)])
+def test_attention_from_the_formula(axis: str, with_class: bool) -> None:
+    """Nearest-neighbour size (the patch grid itself): inner products over the named norm, scaled to [0, 1]; a class token is in no map."""
     tokens, text = random(2, 9, 4), torch.nn.functional.normalize(random(2, 4, seed=1), dim=1)
-    found = text_guided_attention(tokens, text, 3, axis)  # type: ignore[arg-type]
+    class_token = random(2, 4, seed=2) if with_class else None
+    found = text_guided_attention(tokens, text, 3, axis, class_token)  # type: ignore[arg-type]
     for i in range(2):
         if axis == "channel":
             fit = [sum(float(tokens[i, j, d]) * float(text[i, d]) for d in range(4)) / math.hypot(*tokens[i, j].tolist()) for j in range(9)]
         else:
-            size = [math.hypot(*tokens[i, :, d].tolist()) for d in range(4)]
+            first = [] if class_token is None else [class_token[i].tolist()]
+            size = [math.hypot(*(token[d] for token in [*first, *tokens[i].tolist()])) for d in range(4)]
             fit = [sum(float(tokens[i, j, d]) * float(text[i, d]) / size[d] for d in range(4)) for j in range(9)]
         expected = [(a - min(fit)) / (max(fit) - min(fit)) for a in fit]
         torch.testing.assert_close(found[i], torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12)

@@ -41,6 +41,7 @@ class Recipe:
 
 
 COMPLEMENT = {"attention_refinement": {"weight": 0.1, "complement": True}, "attention_constraint": {"weight": 0.07, "complement": True}}
+OVER_TOKENS = {name: {"axis": "token", "size": 48} for name in ("attention_refinement", "attention_constraint")}
 RELEASED = {"siamese_cosine": None, "teacher_cosine": {"weight": 0.5}}
 SUMMED = {name: {"direction": "adversarial_second", "reduction": "sum"} for name in ("teacher_distillation", "clean_consistency")}
 RECIPES = {
@@ -48,6 +49,7 @@ RECIPES = {
     "pmg_aft": Recipe(PMGAFT, trained=2, frozen=1),
     "pmg_aft_released": Recipe(PMGAFT, trained=2, frozen=1, settings={"logit_scale": 1.0, "terms": SUMMED}),
     "tga_zsr": Recipe(TGAZSR, trained=2, frozen=1),
+    "tga_zsr_released": Recipe(TGAZSR, trained=2, frozen=1, settings={"terms": OVER_TOKENS}),
     "comp_tga": Recipe(TGAZSR, trained=2, frozen=1, settings={"terms": COMPLEMENT}),
     "laat": Recipe(LAAT, trained=2),
     "tima": Recipe(TIMA, frozen=1),

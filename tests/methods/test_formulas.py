@@ -73,9 +73,20 @@ def enlarge(grid: Array, size: int) -> Array:
 
 def attention(tokens: Array, text: Array, size: int = 32) -> Array:
     """Cosine of each patch and its image's text, min-max over patches, enlarged, flattened: ``[B, size * size]``."""
-    fit = np.einsum("bnd,bd->bn", unit(tokens), text)
+    return drawn(np.einsum("bnd,bd->bn", unit(tokens), text), size)
+
+
+def attention_over_tokens(tokens: Array, class_token: Array, text: Array, size: int) -> Array:
+    """As TGA-ZSR's code has it: N + 1 tokens, each channel divided by its norm over all of them, then the first one dropped."""
+    every = np.concatenate([class_token[:, None], tokens], 1)
+    normed = every / np.sqrt((every**2).sum(1, keepdims=True))
+    return drawn(np.einsum("bnd,bd->bn", normed, text)[:, 1:], size)
+
+
+def drawn(fit: Array, size: int) -> Array:
+    """Scaled to [0, 1] over the patches, and enlarged."""
     low, high = fit.min(1, keepdims=True), fit.max(1, keepdims=True)
-    side = math.isqrt(tokens.shape[1])
+    side = math.isqrt(fit.shape[1])
     return np.stack([enlarge(row.reshape(side, side), size).ravel() for row in (fit - low) / (high - low)])
 
 
@@ -160,6 +171,14 @@ def tga(c: Case) -> float:
     return alignment(c) + 0.08 * adversarial + 0.05 * clean
 
 
+def released_tga(c: Case) -> float:
+    """Maps of 48 pixels."""
+    there, *others = (attention_over_tokens(c.tokens[which], embedding, c.names[c.y], 48) for which, embedding in
+                      (("teacher", c.teacher_clean), ("adversarial", c.adversarial), ("clean", c.clean)))  # fmt: skip
+    far = [float(np.sqrt(squared(one, there)).mean()) for one in others]
+    return alignment(c) + 0.08 * far[0] + 0.05 * far[1]
+
+
 def comp_tga(c: Case) -> float:
     adversarial, clean = near_original(c, complement, c.names[c.y], c.negations[c.y])
     return alignment(c) + 0.10 * adversarial + 0.07 * clean
@@ -206,6 +225,7 @@ FORMULAS: dict[str, Formula] = {
         lambda c: alignment(c) + float(sum(kl(c.z(o), c.z(c.adversarial)).sum() for o in (c.teacher_adversarial, c.clean))), on_names
     ),
     "tga_zsr": Formula(tga, on_names),
+    "tga_zsr_released": Formula(released_tga, on_names),
     "comp_tga": Formula(comp_tga, on_names),
     "laat": Formula(
         lambda c: alignment(c, expanded(c.names)) - float(cos(c.clean, c.adversarial).mean()),
