@@ -43,11 +43,15 @@ class Run:
         figures: accuracies in points.
         right: whether each image is right there, ``[n]`` (bool), in the cards' order.
         verdict: the worst of its cards.
+        images: the sha256 of which images these are, in their order.
+        texts: what class texts go through in the model.
     """
 
     figures: Figures
     right: dict[Where, NDArray[np.bool_]]
     verdict: str
+    images: str = ""
+    texts: str = "identity"
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,10 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The name, with the number of seeds where they are several."""
-        return self.name if len(self.runs) == 1 else f"{self.name}, mean of {len(self.runs)} seeds"
+        """The name, with the number of seeds where they are several, and what class texts go through where that is something."""
+        seeds = "" if len(self.runs) == 1 else f", mean of {len(self.runs)} seeds"
+        texts = "" if self.of[0].texts == "identity" else f" (class texts: {self.of[0].texts})"
+        return f"{self.name}{seeds}{texts}"
 
     @property
     def gap(self) -> tuple[float, float]:
@@ -153,16 +159,19 @@ def measured(results: Path, label: str, data: str, n: int) -> Run:
     """What the cards of one run say of ``n`` images of one data set.
 
     Raises:
-        DataError: a card is of another number of images, or of what another card of the run is of.
+        DataError: a card is of another number of images, of other images than another card of the run, or of what that is of.
     """
     found: Figures = {}
     right: dict[Where, NDArray[np.bool_]] = {}
-    verdicts = []
+    verdicts, images, texts = [], "", "identity"
     for path in sorted((results / "cards" / label).glob("*.json")):
         card = cards.read(path)
         if card["data"]["name"] == data:
             if card["data"]["n"] != n:
                 raise DataError(f"{path}: n = {card['data']['n']} images, and the table is of {n}: take the card out, or measure it again.")
+            if images not in ("", card["data"]["index_sha256"]):
+                raise DataError(f"{path}: other images than another card of {label} on {data}: take it out, or measure it again.")
+            images, texts = card["data"]["index_sha256"], card["model"]["text_transform"]
             threat, robust = card["threat"], card["robust_accuracy"]
             where = ("clean", 0.0) if threat is None else (card["protocol"]["name"], round(255 * threat["eps"], 2))
             if where in found:
@@ -171,11 +180,15 @@ def measured(results: Path, label: str, data: str, n: int) -> Run:
             told = cards.read_arrays(path.with_suffix(".npz"), ["clean", "right"])
             right[where] = told["clean"] & told["right"].all(axis=1)
             verdicts.append(card["verdict"]["status"])
-    return Run(found, right, min(verdicts, key=VERDICT_ORDER.index, default="unchecked"))
+    return Run(found, right, min(verdicts, key=VERDICT_ORDER.index, default="unchecked"), images, texts)
 
 
 def tables(recipe: Mapping[str, Any], results: Path) -> list[Table]:
-    """One for each data set on which the baseline is measured. A run without all the baseline's figures is not in it."""
+    """One for each data set on which the baseline is measured. A run without all the baseline's figures is not in it.
+
+    Raises:
+        DataError: two runs are of other images: differences would not be over the same ones.
+    """
     made = []
     for data in NAMES:
         by_method: dict[str, list[Run]] = {}
@@ -188,6 +201,8 @@ def tables(recipe: Mapping[str, Any], results: Path) -> list[Table]:
         names = [BASELINE, *(name for name in by_method if name != BASELINE)]
         found = {name: [one for one in by_method[name] if whole and one.figures.keys() == whole] for name in names}
         rows = [Row(name, tuple(of)) for name, of in found.items() if of]
+        if len({run.images for row in rows for run in row.of}) > 1:
+            raise DataError(f"cards of {data} in {results} are of different images: measure those rows again that are not as {BASELINE}'s.")
         if rows:
             made.append(Table(data, tuple(rows), recipe["evaluate"]["n"]))
     return made
@@ -284,7 +299,8 @@ def page(recipe: Mapping[str, Any], results: Path) -> str:
         f"{given['steps']} steps, {given['targets']} targets, L-inf on native pixels. Largest radius first: an image that survives it is",
         "not attacked again at a smaller one, so smaller radii can only come out higher. ↑ and ↓: further from TeCoA than twice TeCoA's",
         "standard deviation over seeds and than twice the standard error of the difference over the same images; what has no arrow is",
-        "not ranked.",
+        "not ranked. A row of one seed passes twice that deviation by chance of training in about one cell of five: it is the",
+        "error over images that holds it back.",
         f"Gap: PGD ({given['steps']} steps, same images) minus APGD, in points, at the radius where it",
         f"is largest; (!) above {LARGEST_GAP:g}. Time of a step: relative to TeCoA's. Verdict: the worst of the row's cards",
         "(docs/checks.md).",

@@ -81,6 +81,29 @@ def test_two_cards_of_one_figure_are_refused(results: Path) -> None:
         methods_report.page(RECIPE, results)
 
 
+def test_rows_of_other_images_are_refused(results: Path) -> None:
+    """Differences are taken image by image: another card of the run, or another run."""
+    card = results / "cards" / "near_seed0" / "apgd-2.json"
+    told = json.loads(card.read_text())
+    card.write_text(json.dumps({**told, "data": {**told["data"], "index_sha256": "0" * 64}}))
+    with pytest.raises(DataError, match="other images than another card of near_seed0 on cifar10"):
+        methods_report.page(RECIPE, results)
+    for path in card.parent.glob("*.json"):
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps({**told, "data": {**told["data"], "index_sha256": "0" * 64}}))
+    with pytest.raises(DataError, match="cards of cifar10 .* are of different images"):
+        methods_report.page(RECIPE, results)
+
+
+def test_what_class_texts_go_through_stands_beside_the_name(results: Path) -> None:
+    """A row with tuned texts is compared with rows without: every table says so."""
+    for path in (results / "cards" / "near_seed0").glob("*.json"):
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps({**told, "model": {**told["model"], "text_transform": "residual"}}))
+    assert "near (class texts: residual)" in lines_of(results) and "far" in lines_of(results)
+    assert "| near (class texts: residual) |" in methods_report.in_short(RECIPE, results)
+
+
 def test_a_large_gap_is_marked(results: Path) -> None:
     lines = lines_of(results)
     assert "| 4.0 (!) |" in lines["far"] and "(!)" not in lines["near"]

@@ -21,8 +21,8 @@ from aft.evaluation.collect import collect
 from aft.evaluation.published import printed
 
 CSV_COLUMNS = (
-    "label", "model", "method", "sha256", "data", "split", "label_space", "classes", "n", "protocol", "fidelity", "norm", "eps", "space",
-    "resolution", "attacks", "steps", "targets", "precision", "clean_accuracy", "clean_standard_error", "robust_accuracy",
+    "label", "model", "method", "text_transform", "sha256", "data", "split", "label_space", "classes", "n", "protocol", "fidelity", "norm",
+    "eps", "space", "resolution", "attacks", "steps", "targets", "precision", "clean_accuracy", "clean_standard_error", "robust_accuracy",
     "robust_standard_error", "attack_success_drop", "attack_success_of_right", "calibration_error_clean", "calibration_error_attacked",
     "mean_corruption_accuracy", "mean_corruption_standard_error",
     "chance", "largest_class_share", "verdict", "failed_checks", "external", "cell", "created",
@@ -203,7 +203,8 @@ def _csv_row(label: str, card: Card) -> dict[str, Any]:
     success = attack_success(card["clean_accuracy"], card["robust_accuracy"], data["n"]).get("attack_success", {})
     calibrated, corrupted = card["metrics"].get("calibration", {}), card["metrics"].get("corruptions", {})
     columns = {
-        "label": label, "model": model["name"], "method": model["method"], "sha256": model["sha256"], "data": data["name"],
+        "label": label, "model": model["name"], "method": model["method"], "text_transform": model["text_transform"],
+        "sha256": model["sha256"], "data": data["name"],
         "protocol": card["protocol"]["name"], "fidelity": card["protocol"]["fidelity"],
         "attacks": "+".join(attack["name"] for attack in attacks), "steps": "+".join(str(attack["steps"]) for attack in attacks),
         "targets": "+".join(str(attack["target"] or "") for attack in attacks), "verdict": card["verdict"]["status"],

@@ -15,6 +15,7 @@ from aft.evaluation.compare import compare
 from aft.evaluation.pages import Content, build, write_report
 from aft.evaluation.pages.examples import Example, Examples, Picture
 from aft.evaluation.pages.tables import MARKS, anchor, groups_of, metrics_of
+from aft.evaluation.report import write_csv
 from tests.made_up_cards import HASH, made_up, stored
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -232,6 +233,17 @@ def test_other_tasks_norms_and_figures_have_tables_of_their_own(tmp_path):
     ]  # fmt: skip
     page, text = page_of(found)
     assert "none on the card" in text and all(title in text for title in told) and page.all("svg")
+
+
+def test_tuned_class_texts_stand_beside_the_method(tmp_path):
+    """A figure of a model that reads other texts says so, on the page and in the CSV."""
+    card = made_up(method="tima")
+    stored(tmp_path, "tuned", {**card, "model": {**card["model"], "text_transform": "residual"}})
+    found = collect([tmp_path])
+    assert [row.method for group in groups_of(found.labelled) for row in group.rows] == ["tima (class texts: residual)"]
+    (line,) = csv.DictReader(write_csv(found.labelled, tmp_path / "x.csv").open())
+    assert (line["method"], line["text_transform"]) == ("tima", "residual")
+    assert "tima (class texts: residual)" in page_of(found)[1]
 
 
 def test_the_mean_is_over_the_same_zero_shot_sets_for_all(tmp_path, monkeypatch):

@@ -216,8 +216,10 @@ def _row_key(label: str, card: Card) -> str:
 
 
 def method_of(card: Card) -> str:
-    """The recipe that trained the weights, and the defence around them."""
-    return str(card["model"]["method"]) + (f" + {card['defense']['name']}" if card["defense"] else "")
+    """The recipe that trained the weights, what class texts go through where that is something, and the defence around them."""
+    model, defense = card["model"], card["defense"]
+    texts = "" if model["text_transform"] == "identity" else f" (class texts: {model['text_transform']})"
+    return f"{model['method']}{texts}" + (f" + {defense['name']}" if defense else "")
 
 
 def _row(label: str, card: Card) -> Row:
