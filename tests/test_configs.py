@@ -116,3 +116,21 @@ def test_every_training_command_of_the_readme_is_accepted(command: str, tmp_path
     with pytest.raises(SystemExit) as done:
         train.main([*words, "--print_config"])
     assert done.value.code == 0
+
+
+@pytest.mark.parametrize("path", [path for path in METHODS if path.parent.name == "methods"], ids=lambda p: p.stem)
+def test_every_key_of_a_recipe_says_where_it_is_from(path: Path) -> None:
+    """A comment above it that ends in a mark: read (with what was read), memory, or ours."""
+    lines = path.read_text().splitlines()
+    depth = {"model:": 4, "trainer:": 2}
+    inside, comment, seen = "", "", 0
+    for line in lines:
+        inside, comment = (line, "") if line in depth else (inside, comment)
+        indent = " " * depth.get(inside, 0)
+        if line.startswith(f"{indent}#"):
+            comment += line
+        elif inside and re.match(rf"{indent}\w+:", line):
+            assert re.search(r"\((read: [^)]+|(from )?memory[^)]*|ours[^)]*)\)", comment), f"{line.strip()}: no mark above it"
+            comment, seen = "", seen + 1
+    assert seen >= 6
+
