@@ -4,9 +4,9 @@ Two processes (gloo, one thread each) take TeCoA steps on MiniCLIP-32, in turn: 
 ``no_sync``), and the first process alone with the whole batch. So the all-reduce's cost is a ratio of steps that lie side by side. Steps
 begin together (a barrier that is not timed); a step has taken as long as its slower process. The same is done at several numbers of
 attack steps; the kinds come first in turn. Bytes on the wire are counted as they are sent: buckets by a hook of DDP, all collectives by
-the dispatcher. The link between the two processes is measured by all-reduces alone, and with it the model (``scaling_model.py``) predicts
-the overhead that was measured. Then the model with a GPU's figures, which are assumptions. Writes ``results/scaling.json`` and the tables
-of ``docs/scaling.md``.
+the dispatcher. The link between the two processes is measured by all-reduces alone, and with it the model (``scaling_model.py``) says what
+overhead to expect; the table has the measured one over that. Then the model with a GPU's figures, which are assumptions. Writes
+``results/scaling.json`` and the tables of ``docs/scaling.md``.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ def in_words(told: dict[str, Any]) -> str:
         return f"{scale * one['median']:.2f} ({scale * one['quarter']:.2f} to {scale * one['three_quarters']:.2f})"
 
     said = [f"{100 * row['predicted']['full']:.2f} to {100 * row['predicted']['no']:.2f}" for row in told["two_processes"]]
-    two = [[str(row["attack_steps"]), shown(row["overhead"], 100), text, shown(row["of_one_process"]), shown(row["without_all_reduce"])]
+    two = [[str(row["attack_steps"]), shown(row["overhead"], 100), text, f"{row['overhead']['median'] / row['predicted']['no']:.1f}",
+            shown(row["of_one_process"]), shown(row["without_all_reduce"])]
            for row, text in zip(told["two_processes"], said, strict=True)]  # fmt: skip
     bytes_ = [[row["method"], *(f"{row[key]:,}" for key in ("gradients", "by_hook", "buckets", "gathers_expected", "gathers_counted")),
                f"{row['sent']:,.0f}"] for row in told["wire"]]  # fmt: skip
@@ -154,7 +155,7 @@ def in_words(told: dict[str, Any]) -> str:
     link = told["link"]
     return "\n\n".join((
         f"link of the two processes: {link['bandwidth'] / 1e9:.2f} GB/s, {link['latency'] * 1e6:.0f} us",
-        table(["attack steps", "all-reduce, % of a step", "the model says", "speed-up over one", "without all-reduce"], two),
+        table(["attack steps", "all-reduce, % of a step", "the model says", "over it", "speed-up over one", "without all-reduce"], two),
         table(["bytes a step", "gradients", "in buckets", "buckets", "gathers, expected", "counted", "sent by each"], bytes_),
         table(["efficiency, %, ring / tree", *places], far),
     ))  # fmt: skip

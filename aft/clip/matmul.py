@@ -29,7 +29,8 @@ def use_onednn() -> bool:
     matrices with ``K <= 4 M`` and at least ``LEAST`` multiplications are replaced, below autograd and autocast: gradients, gradients of
     gradients and counted operations are as before, and results differ by the order of their sums. Longer sums, such as gradients of
     weights over very many tokens, are torch's still: oneDNN took up to five times as long for them. Programs call this once, at
-    their start; importing ``aft`` replaces nothing.
+    their start; importing ``aft`` replaces nothing. Whether a product is large depends on the images of its batch, too: other batches,
+    other last bits.
 
     Does nothing on Intel's processors, which MKL serves well, on those without AVX-512, where nothing was measured, without MKL or oneDNN,
     and where ``AFT_ONEDNN=0`` is set.
@@ -61,6 +62,7 @@ def torchs_products() -> Iterator[None]:
     try:
         yield
     finally:
+        use_torch()
         if before == "onednn":
             use_onednn()
 

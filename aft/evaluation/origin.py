@@ -14,6 +14,7 @@ import torch
 
 from aft.batch import EvaluationSet
 from aft.cards import digest
+from aft.clip.matmul import products
 from aft.clip.model import ModelRecord
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -55,8 +56,10 @@ def now() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """``cpu``, or the accelerator's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """``cpu``, with whose fp32 products where they are not torch's own, or the accelerator's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, fp32 products by oneDNN" if device.type == "cpu" and products() == "onednn" else device.type
 
 
 def model_block(record: ModelRecord) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+import eval as evaluation
+import train
 from aft.clip import matmul
+from aft.defenses import fit_prior
+from aft.evaluation import origin
 
 WITH_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
 
@@ -139,6 +144,40 @@ def test_importing_replaces_nothing() -> None:
     """The library leaves the process of its user as it is; train.py and eval.py ask for it."""
     code = "import aft.clip, aft.clip.matmul as m, aft.methods, aft.evaluation; assert not m._libraries; print('as it was')"
     assert "as it was" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("program", [train.main, evaluation.main, fit_prior.main], ids=["train", "eval", "fit_prior"])
+def test_programs_ask_for_it(program: Callable[[list[str]], object], monkeypatch: pytest.MonkeyPatch, on_amd: None, tmp_path: Path) -> None:
+    """Each, before it does anything: here the first thing that it makes stops it. What cards say of the machine tells it, too."""
+
+    class Stop(Exception):
+        """Far enough."""
+
+    def stops(*args: object, **kwargs: object) -> None:
+        """Instead of its work."""
+        raise Stop
+
+    monkeypatch.setattr(train, "Main", stops)
+    monkeypatch.setitem(evaluation.COMMANDS, "report", stopping := type("Stopping", (evaluation.COMMANDS["report"],), {"run": stops}))
+    monkeypatch.setattr(fit_prior.FitPrior, "run", stops)
+    assert stopping is evaluation.COMMANDS["report"]
+    prior = ["--data", "Sample", "--out", str(tmp_path / "x")]
+    words = {train.main: ["fit"], evaluation.main: ["report", str(tmp_path)], fit_prior.main: prior}[program]
+    matmul.use_torch()
+    assert origin.device_name(torch.device("cpu")) == "cpu"
+    with pytest.raises(Stop):
+        program(words)
+    assert matmul.products() == "onednn" and origin.device_name(torch.device("cpu")) == "cpu, fp32 products by oneDNN"
+
+
+def test_inside_torchs_products_asking_for_others_lasts_no_longer(on_amd: None) -> None:
+    """Afterwards as before, on both sides."""
+    for before, ask in (("torch", matmul.use_torch), ("onednn", matmul.use_onednn)):
+        ask()
+        with matmul.torchs_products():
+            assert matmul.products() == "torch"
+            matmul.use_onednn()
+        assert matmul.products() == before
 
 
 def test_taking_it_back_takes_it_back(calls: list[Any]) -> None:
