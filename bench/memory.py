@@ -8,9 +8,7 @@ Plain is the same step without an attack: cross-entropy of clean images to class
 * ``allocated``: most bytes that torch's allocator gave out in the step above what was there before it (on a GPU
   ``max_memory_allocated``, on a CPU the allocations that the profiler sees);
 * ``kept``: what is there when the step begins: weights, teacher, the optimiser's state, and gradients of the step before, which stay
-  until the backward pass;
-* ``resident``: by how much the process grew at its highest in the step, where the system tells (Linux); what it once had,
-  its allocator keeps.
+  until the backward pass.
 
 The second step of a real run is measured. Ratios are (kept + allocated) / plain's. Also: what 1,000 steps leave behind (``growth``).
 Writes ``results/memory.json`` and the tables of ``docs/performance.md``.
@@ -40,7 +38,7 @@ from aft.batch import Batch
 from aft.cards import write_whole
 from aft.clip import ModelSpec
 from aft.methods import AdversarialFineTuning, OptimizerSpec
-from bench.growth import Growth, status
+from bench.growth import Growth
 from bench.machine import fill, machine, place_of, quiet, table
 from callbacks import ActivationCheckpointing, Throughput
 
@@ -130,21 +128,12 @@ class Allocated:
         return most
 
 
-def forget_the_most() -> bool:
-    """Sets ``VmHWM`` to what is used now; false where the system does not allow it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
 class Measure(L.Callback):
-    """Measures the second step in one of two ways, which disturb each other: ``saved`` by hooks, else allocations and the process."""
+    """Measures the second step in one of two ways, which disturb each other: ``saved`` by hooks, else allocations."""
 
     def __init__(self, saved: bool) -> None:
         self.by_hooks = saved
-        self.found: dict[str, int | None] = {}
+        self.found: dict[str, int] = {}
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
         """Before the second step."""
@@ -160,7 +149,6 @@ class Measure(L.Callback):
             self.counter = self.manager.__enter__()
             return
         self.kept = kept_bytes(pl_module, trainer.optimizers[0])
-        self.resident = status("VmRSS") if forget_the_most() else None
         self.allocated = Allocated()
         self.allocated.start()
 
@@ -172,9 +160,7 @@ class Measure(L.Callback):
             self.manager.__exit__(None, None, None)
             self.found["saved"] = self.counter.most
             return
-        most = status("VmHWM")
-        self.found |= {"allocated": self.allocated.stop(), "kept": self.kept,
-                       "resident": None if self.resident is None or most is None else most - self.resident}  # fmt: skip
+        self.found |= {"allocated": self.allocated.stop(), "kept": self.kept}
 
 
 def kept_bytes(method: L.LightningModule, optimizer: torch.optim.Optimizer) -> int:
@@ -276,10 +262,9 @@ def in_words(title: str, tower: dict[str, Any]) -> str:
     rows = []
     for name, both in tower["methods"].items():
         for way, one in both.items():
-            resident = "-" if one["resident"] is None else f"{one['resident'] / 1e6:.0f}"
-            rows.append([f"{name}, {way}", *(f"{one[key] / 1e6:.1f}" for key in ("saved", "allocated", "kept")), resident,
+            rows.append([f"{name}, {way}", *(f"{one[key] / 1e6:.1f}" for key in ("saved", "allocated", "kept")),
                          f"{one['saved'] / plain['saved']:.2f}", f"{total(one) / total(plain):.2f}"])  # fmt: skip
-    head = [f"{title}, batch {tower['batch']}, MB", "saved", "allocated", "kept", "resident", "saved / plain", "all / plain"]
+    head = [f"{title}, batch {tower['batch']}, MB", "saved", "allocated", "kept", "saved / plain", "all / plain"]
     return table(head, rows)
 
 

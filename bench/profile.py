@@ -30,12 +30,17 @@ PAGE = ROOT / "docs" / "performance.md"
 #: Batches of a run that are looked at; those before allocate, choose algorithms and encode the class texts.
 LOOKED_AT = range(2, 6)
 
-#: Operations whose result the program waits for: a number out of a tensor, or a shape that depends on values.
+#: Operations whose result the program waits for: a number out of a tensor, or a shape that depends on values. An index that is a mask
+#: of booleans is one, too: its ``nonzero`` is made inside.
 WAITS = frozenset({"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2"})
+BY_INDEX = frozenset({"aten::index", "aten::index_put", "aten::index_put_"})
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operations of :data:`WAITS` by name while it is open, and with them every copy of a tensor into a list."""
+    """Counts the operations of :data:`WAITS` by name while it is open, and those of :data:`BY_INDEX` whose index is a mask.
+
+    Copies from a GPU (``.cpu()``, ``.tolist()``) are waits that no CPU makes: they are not counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +49,7 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs it, and counts it where it is a wait."""
         name = function._schema.name
-        if name in WAITS:
+        if name in WAITS or (name in BY_INDEX and any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1])):
             self.counts[name] = self.counts.get(name, 0) + 1
         return function(*args, **(kwargs or {}))
 

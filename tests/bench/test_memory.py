@@ -68,7 +68,7 @@ def test_gradients_of_the_step_before_are_kept(tiny: ModelSpec, tmp_path: Path) 
 
 def test_the_command_shows_and_keeps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each method both ways, with its ratios to plain; a file elsewhere leaves the page as it is."""
-    one = {"saved": 2_000_000, "allocated": 3_000_000, "kept": 1_000_000, "resident": None}
+    one = {"saved": 2_000_000, "allocated": 3_000_000, "kept": 1_000_000}
     monkeypatch.setattr(memory, "measured", lambda name, *given: {**one, "saved": one["saved"] * (1 + (name == "PMGAFT"))})
     monkeypatch.setattr(memory, "growth", lambda steps: {"per_step": {"tensors": 0.0}, "census": []})
     page = memory.PAGE.read_bytes()

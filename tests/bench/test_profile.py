@@ -83,4 +83,8 @@ def test_a_wait_is_counted() -> None:
         _ = torch.ones(3).nonzero()
         if torch.ones(1) > 0:
             pass
-    assert sum(waits.counts.values()) == 3
+        values, mask = torch.arange(3), torch.tensor([True, False, True])
+        _ = values[mask]
+        values[mask] = 0
+        _ = values[torch.tensor([0, 2])]  # a shape that is known
+    assert waits.counts == {"aten::_local_scalar_dense": 2, "aten::nonzero": 1, "aten::index": 1, "aten::index_put_": 1}
