@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from torch import nn
 
 from aft.attacks import PGD
@@ -230,7 +231,8 @@ def main(words: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(words)
     out = place_of(asked.out, OUT, (asked.steps, asked.seeds) != (STEPS, SEEDS))
     quiet()
-    start = {"machine": machine(), "versions": origin.versions(), "steps": asked.steps, "seeds": asked.seeds}
+    start = {"machine": machine(), "versions": origin.versions(), "steps": asked.steps, "seeds": asked.seeds,
+             "products": products(), "threads": torch.get_num_threads()}  # fmt: skip
     found = older(out, start, asked.only) if asked.only else {}
     for name in asked.only or SPEED_UPS:
         found[name] = compared(name, range(asked.seeds), asked.steps)

@@ -13,6 +13,7 @@ import yaml
 
 from aft import cards
 from aft.cards import Card
+from aft.errors import DataError
 from aft.evaluation.defended_report import told
 from bench.machine import fill
 from bench.methods_report import markdown
@@ -26,9 +27,25 @@ Cells = Mapping[tuple[str, str], Card]
 
 
 def cells_of(folder: Path, weights: Sequence[str], defenses: Sequence[str]) -> Cells:
-    """The card of each pair that is measured: ``FOLDER/WEIGHTS_DEFENSE/*.json``."""
+    """The card of each pair that is measured: ``FOLDER/WEIGHTS_DEFENSE/*.json``.
+
+    Raises:
+        DataError: a pair has two cards, or one of no defence under adaptive attacks: which figure to show would be chance.
+    """
     found = {(model, name): sorted((folder / f"{model}_{name}").glob("*.json")) for model in weights for name in defenses}
-    return {pair: cards.read(path) for pair, paths in found.items() for path in paths}
+    read = {pair: [(path, cards.read(path)) for path in paths] for pair, paths in found.items()}
+    for of_pair in read.values():
+        for path, card in of_pair:
+            if len(of_pair) > 1 or not (told(card) or {}).get("adaptive"):
+                raise DataError(f"{path}: the table takes one card for each pair, of a defence under adaptive attacks: take this one out.")
+    return {pair: card for pair, of_pair in read.items() for _, card in of_pair}
+
+
+def figures_of(card: Card) -> dict[str, Any]:
+    """What a card of :func:`cells_of` says of its defence."""
+    figures = told(card)
+    assert figures is not None
+    return figures
 
 
 def percent(figure: Mapping[str, Any]) -> str:
@@ -38,15 +55,13 @@ def percent(figure: Mapping[str, Any]) -> str:
 
 def gain(card: Card) -> dict[str, Any]:
     """Of the defence: points, interval, whether it helps; and whether it harms."""
-    figures = told(card)
-    assert figures is not None
+    figures = figures_of(card)
     return {**figures["gain"], "harms": figures["gain"]["high"] < 0}
 
 
 def adaptive(card: Card) -> str:
     """The worst case over attacks that know the defence, and what that is to the undefended model where it is told apart."""
-    figures, of = told(card), gain(card)
-    assert figures is not None
+    figures, of = figures_of(card), gain(card)
     return percent(figures["adaptive"]) + (f", +{100 * of['mean']:.1f}" if of["helps"] else ", harms" if of["harms"] else "")
 
 
@@ -77,8 +92,7 @@ def second_table(cells: Cells, weights: Sequence[str], defenses: Sequence[str]) 
 
 def beside(card: Card) -> str:
     """Clean and oblivious accuracy, and how often a gate opens."""
-    figures, gates = told(card), card["defense"]["gate_rates"]
-    assert figures is not None
+    figures, gates = figures_of(card), card["defense"]["gate_rates"]
     opens = "" if gates is None else f" (gate {100 * gates['clean']:.0f}, {100 * gates['adversarial']:.0f})"
     return f"{100 * figures['clean']['accuracy']:.1f}, {100 * figures['oblivious']['accuracy']:.1f}{opens}"
 

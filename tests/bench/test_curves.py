@@ -112,6 +112,9 @@ def test_curves_are_merged_by_name_and_never_over_others(tmp_path: Path, monkeyp
     for name in ("bf16", "folded"):
         assert curves.main(["--only", name]) == 0
     assert list(json.loads(out.read_text())["speed_ups"]) == ["folded", "bf16"] and "bf16" in page.read_text()
-    out.write_text(out.read_text().replace('"torch":', '"another":'))
-    with pytest.raises(DataError, match="another versions"):
-        curves.main(["--only", "bf16"])
+    whole = out.read_text()
+    for fact, there, instead in (("versions", '"torch":', '"another":'), ("threads", '"threads": ', '"threads": 1'),
+                                 ("products", '"products": "', '"products": "by hand, ')):  # fmt: skip
+        out.write_text(whole.replace(there, instead, 1))
+        with pytest.raises(DataError, match=f"another {fact}"):
+            curves.main(["--only", "bf16"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from aft.errors import DataError
 from bench import defenses_report, machine
 
 ANY_CARD = next((defenses_report.CARDS / "tecoa_noise").glob("*.json"))
@@ -51,6 +52,23 @@ def test_words_follow_from_the_intervals(tmp_path: Path) -> None:
     assert f"helps, {interval}: `noise` on miniclip32 (+4.0 points, +2.0 to +6.0)." in text
     assert f"harms, {interval}: `low_pass` on tecoa (-4.0 points, -6.0 to -2.0)." in text
     assert "Suspect cells: 1, of `low_pass` (E8)." in text and text.count(", +4.0") == 1 and text.count(", harms") == 1
+
+
+def test_two_cards_of_a_pair_or_one_of_another_protocol_are_refused(tmp_path: Path) -> None:
+    """None of them silently wins."""
+    put(tmp_path, "tecoa", "noise", 0.1, 0.2)
+    (card,) = (tmp_path / "tecoa_noise").glob("*.json")
+    pairs = (["tecoa"], ["noise"])
+    assert list(defenses_report.cells_of(tmp_path, *pairs)) == [("tecoa", "noise")]
+    (card.parent / "again.json").write_bytes(card.read_bytes())
+    with pytest.raises(DataError, match="one card for each pair"):
+        defenses_report.cells_of(tmp_path, *pairs)
+    (card.parent / "again.json").unlink()
+    told = json.loads(card.read_text())
+    told["metrics"]["defended"].pop("adaptive")
+    card.write_text(json.dumps(told))
+    with pytest.raises(DataError, match="of a defence under adaptive attacks"):
+        defenses_report.cells_of(tmp_path, *pairs)
 
 
 def test_nothing_measured_is_said(tmp_path: Path) -> None:
