@@ -45,6 +45,7 @@ class Run:
         verdict: the worst of its cards.
         images: the sha256 of which images these are, in their order.
         texts: what class texts go through in the model.
+        chance: accuracy of guessing, 0 to 1.
     """
 
     figures: Figures
@@ -52,6 +53,7 @@ class Run:
     verdict: str
     images: str = ""
     texts: str = "identity"
+    chance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,12 @@ class Row:
         seeds = "" if len(self.runs) == 1 else f", mean of {len(self.runs)} seeds"
         texts = "" if self.of[0].texts == "identity" else f" (class texts: {self.of[0].texts})"
         return f"{self.name}{seeds}{texts}"
+
+    @property
+    def collapsed(self) -> bool:
+        """Clean accuracy is within two standard errors of guessing: a model that says nothing can be withstood by no attack."""
+        chance, n = self.of[0].chance, len(self.of[0].right["clean", 0.0])
+        return self.mean["clean", 0.0] / 100 <= chance + 2 * cards.standard_error(chance, n)
 
     @property
     def gap(self) -> tuple[float, float]:
@@ -136,12 +144,12 @@ class Table:
         """Points above (or, negative, below) the baseline; 0 where that may be chance.
 
         That is where the noise of training is unknown, or the difference is less than twice that noise, or than twice its own standard
-        error over images.
+        error over images. A collapsed row is not ranked.
         """
         difference = row.mean[where] - self.baseline.mean[where]
-        if self.noise is None or row is self.baseline or abs(difference) < 2 * max(self.noise[where], self.error(row, where)):
+        if self.noise is None or row is self.baseline or row.collapsed:
             return 0.0
-        return difference
+        return difference if abs(difference) >= 2 * max(self.noise[where], self.error(row, where)) else 0.0
 
     def cell(self, row: Row, where: Where) -> str:
         """Accuracy with its standard error over images, and an arrow where it is ranked."""
@@ -163,7 +171,7 @@ def measured(results: Path, label: str, data: str, n: int) -> Run:
     """
     found: Figures = {}
     right: dict[Where, NDArray[np.bool_]] = {}
-    verdicts, images, texts = [], "", "identity"
+    verdicts, images, texts, chance = [], "", "identity", 0.0
     for path in sorted((results / "cards" / label).glob("*.json")):
         card = cards.read(path)
         if card["data"]["name"] == data:
@@ -171,7 +179,7 @@ def measured(results: Path, label: str, data: str, n: int) -> Run:
                 raise DataError(f"{path}: n = {card['data']['n']} images, and the table is of {n}: take the card out, or measure it again.")
             if images not in ("", card["data"]["index_sha256"]):
                 raise DataError(f"{path}: other images than another card of {label} on {data}: take it out, or measure it again.")
-            images, texts = card["data"]["index_sha256"], card["model"]["text_transform"]
+            images, texts, chance = card["data"]["index_sha256"], card["model"]["text_transform"], card["chance"]
             threat, robust = card["threat"], card["robust_accuracy"]
             where = ("clean", 0.0) if threat is None else (card["protocol"]["name"], round(255 * threat["eps"], 2))
             if where in found:
@@ -180,7 +188,7 @@ def measured(results: Path, label: str, data: str, n: int) -> Run:
             told = cards.read_arrays(path.with_suffix(".npz"), ["clean", "right"])
             right[where] = told["clean"] & told["right"].all(axis=1)
             verdicts.append(card["verdict"]["status"])
-    return Run(found, right, min(verdicts, key=VERDICT_ORDER.index, default="unchecked"), images, texts)
+    return Run(found, right, min(verdicts, key=VERDICT_ORDER.index, default="unchecked"), images, texts, chance)
 
 
 def tables(recipe: Mapping[str, Any], results: Path) -> list[Table]:
@@ -220,7 +228,9 @@ def points(parts: Mapping[Where, float]) -> str:
 
 
 def against(table: Table, row: Row) -> str:
-    """One sentence: where a method lies above the baseline, and where it does not help. Empty where nothing is told apart."""
+    """One sentence: where a method lies above the baseline, where it does not help, or that it collapsed; empty where neither is seen."""
+    if row.collapsed:
+        return f"`{row.name}` has collapsed: its clean accuracy is within two standard errors of guessing, and nothing of it is ranked."
     ranked = {where: table.beyond(row, where) for where in table.places}
     above = {where: value for where, value in ranked.items() if value > 0}
     below = {where: value for where, value in ranked.items() if value < 0}

@@ -104,6 +104,14 @@ def test_what_class_texts_go_through_stands_beside_the_name(results: Path) -> No
     assert "| near (class texts: residual) |" in methods_report.in_short(RECIPE, results)
 
 
+def test_a_collapsed_method_is_not_ranked(results: Path) -> None:
+    """A model that names one class for all images is right as often as guessing is, and no attack takes that from it."""
+    put_run(results, "one_class_seed0", 0.11, 0.11, 0.11)  # ten classes
+    lines, said = lines_of(results), told(results)
+    assert any(one.startswith("`one_class` has collapsed: its clean accuracy is within two standard errors of guessing") for one in said)
+    assert not any(mark in lines["one_class"] for mark in "↑↓") and not any("`one_class` is above" in one for one in said)
+
+
 def test_a_large_gap_is_marked(results: Path) -> None:
     lines = lines_of(results)
     assert "| 4.0 (!) |" in lines["far"] and "(!)" not in lines["near"]
