@@ -223,7 +223,7 @@ def needed(model: str, attack_steps: int, achieved: float) -> float:
 
 def cores(found: dict[str, dict[str, Any]], achieved: float, given: float | None) -> list[dict[str, Any]]:
     """Cores a GPU needs, by a worker's measured rate; for a given number of images a second, or by the cost of the model."""
-    rows = [("as given", None, given)] if given else [(model, k, needed(model, k, achieved)) for model, k in NEEDS]
+    rows = [("as given", None, given)] if given is not None else [(model, k, needed(model, k, achieved)) for model, k in NEEDS]
     return [{"model": model, "attack_steps": k, "images_per_second": rate,
              "cores": {name: math.ceil(rate / found[name]["worker"]["median"]) for name in (ORIGINAL, REDUCED)}}
             for model, k, rate in rows]  # fmt: skip
@@ -237,6 +237,9 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--achieved", type=float, default=ACHIEVED, help="FLOP/s that a GPU achieves, for that cost")
     parser.add_argument("--out", type=Path, help=f"where the figures go; the usual place, {OUT.name}, fills the page as well")
     given = parser.parse_args(args)
+    for name in ("images_per_second", "achieved"):
+        if getattr(given, name) is not None and not getattr(given, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(given, name):g}: give a number above 0.")
     out = place_of(given.out, OUT, given.quick)
     repeats, batches, images, steps = (2, 1, 256, 6) if given.quick else (9, 6, 1024, 42)
     quiet()

@@ -83,7 +83,7 @@ def estimates(recipe: Mapping[str, Any], results: Path) -> dict[str, Estimate]:
     found = {"no attack": estimate(plain, config), "baseline": estimate(base, config)}
     yard = Yardstick.of(rows)
     for name, row in recipe["rows"].items():
-        if "trainer" in row:  # precision: as many operations, and both rates are those of half precision already
+        if "precision" in row.get("trainer", {}):  # as many operations, and both rates are those of half precision already
             continue
         found[name] = estimate(parts_of(row.get("model", {}), attack, side), config, rows.get(name), yard, recipe["most"])
     return found

@@ -24,7 +24,8 @@ HERE = Path(__file__).resolve().parents[1]
 def to_the_end(command: Sequence[str], limit: float, env: dict[str, str] | None = None) -> str:
     """Runs a command of this project in a session of its own; gives what it said, both of its streams together.
 
-    When it has ended, or after ``limit`` seconds, every process of its session is killed: none that it started outlives it.
+    When it has ended, or after ``limit`` seconds, every process of its group is killed: none that it started outlives it, but for those
+    that made a group of their own.
 
     Args:
         command: program and arguments.

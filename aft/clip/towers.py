@@ -89,8 +89,8 @@ def keep_statistics(module: nn.Module) -> None:
 def order_for_convolutions(visual: nn.Module) -> None:
     """Keeps the weights of a ResNet of CLIP with their channels last in memory, as convolutions read them fastest; in place.
 
-    Values, names and files are as before; results differ by the order of sums. A ViT has one convolution without overlap and a ConvNeXt
-    turns its channels itself: neither has anything to gain.
+    Values, names and safetensors files are as before; results differ by the order of sums. A ViT has one convolution without overlap and a
+    ConvNeXt turns its channels itself: neither has anything to gain.
     """
     if isinstance(visual, ModifiedResNet):
         visual.to(memory_format=torch.channels_last)

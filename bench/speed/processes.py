@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from aft.batch import Batch
+from aft.errors import RunError
 from aft.methods import OptimizerSpec, TeCoA
 from aft.methods.distributed import leave_process_group
 from bench.runs import to_the_end
@@ -96,6 +97,8 @@ def same_gradients(effort: Effort) -> Found:
         for processes in (1, 2):
             start("gradient", processes, Path(folder))
         one, two = (torch.load(Path(folder) / f"gradient-{processes}.pt", weights_only=True) for processes in (1, 2))
+    if not all(bool(value.isfinite().all()) for found in (one, two) for value in found.values()):
+        raise RunError("a gradient of the two processes, or of the one, is not finite: nothing can be compared; look at the model.")
     largest = max(float(value.abs().max()) for value in one.values())
     off = max(float((one[name] - two[name]).abs().max()) for name in one)
     return Found([off / largest], {}, {"model": "the tiny CLIP", "batch_size": GLOBAL_BATCH, "precision": "float64"})

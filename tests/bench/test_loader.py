@@ -80,6 +80,14 @@ def test_a_core_is_a_core_and_training_has_them_all(monkeypatch: pytest.MonkeyPa
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("words", [["--images-per-second", "0"], ["--achieved", "-1"]])
+def test_rates_that_are_none_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Zero images a second is no question."""
+    with pytest.raises(SystemExit):
+        loader.main(["--quick", *words])
+    assert f"{words[0]} {words[1]}: give a number above 0" in capsys.readouterr().err
+
+
 def test_cores_follow_from_images_a_second() -> None:
     """docs/cluster.md's example: 400 TFLOP/s train 6,500 images/s of ViT-B/32 at two attack steps; a given figure goes before."""
     assert loader.needed("ViT-B-32", 2, 400e12) == pytest.approx(6485, rel=1e-3)

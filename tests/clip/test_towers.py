@@ -215,5 +215,8 @@ def test_a_resnet_s_weights_lie_with_channels_last(tmp_path: Path) -> None:
         )
     torch.testing.assert_close(model.encode(x).embedding_BD, usual.encode(x).embedding_BD, rtol=1e-12, atol=1e-12)
     assert orders == [True, False] and state_hash(model) == state_hash(usual)
-    pack_tower(model, tmp_path / "tower.safetensors")
-    assert all(value.is_contiguous() for value in load_file(tmp_path / "tower.safetensors").values())
+    files = [tmp_path / "last.safetensors", tmp_path / "usual.safetensors"]
+    for file, tower in zip(files, (model, usual), strict=True):
+        pack_tower(tower, file)
+    ours, theirs = (load_file(file) for file in files)
+    assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
