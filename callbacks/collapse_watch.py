@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from aft.attacks import FGSM, PGD, ClassificationObjective, sample_keys
 from aft.batch import Batch
-from aft.clip import ZeroShotModel, load_model
 from aft.errors import ConfigError
 from aft.methods import AdversarialFineTuning
 
@@ -65,7 +64,7 @@ class CollapseWatch(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
         """Keeps what the teacher says of this start's first batch, to measure the drift by."""
         if self.reference is None and isinstance(pl_module, AdversarialFineTuning):
-            teacher = pl_module.teacher or starting_model(pl_module)
+            teacher = pl_module.teacher or pl_module.starting_model()
             with quietly(teacher):
                 self.reference = (batch, teacher.encode(batch.images).unit_BD)
 
@@ -113,14 +112,6 @@ class CollapseWatch(L.Callback):
                 f"collapse at step {step}{since}: {100 * share:.0f} % of the images get one class. "
                 "Lower lr, or look at eps and at the terms.", stacklevel=2,
             )  # fmt: skip
-
-
-def starting_model(module: AdversarialFineTuning) -> ZeroShotModel:
-    """The model that a run starts from, loaded again; the model itself where its first weights were random."""
-    if module.spec.pretrained == "random":
-        return module.model
-    weight = module.model.clip.get_parameter("logit_scale")
-    return load_model(module.spec).to(weight.device, weight.dtype)
 
 
 @contextmanager

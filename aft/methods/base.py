@@ -186,6 +186,13 @@ class AdversarialFineTuning(ClipModule):
         weight = self.model.clip.get_parameter("logit_scale")
         return self._teacher[0].to(weight.device, weight.dtype) if self._teacher else None
 
+    def starting_model(self) -> ZeroShotModel:
+        """The model that the run starts from, loaded again; the model itself where its first weights were random."""
+        if self.spec.pretrained == "random":
+            return self.model
+        weight = self.model.clip.get_parameter("logit_scale")
+        return load_model(self.spec).to(weight.device, weight.dtype)
+
     # --- the step ---------------------------------------------------------------------------------------------------------------
 
     def targets(self, batch: Batch) -> Targets:
