@@ -372,8 +372,8 @@ def refuse_constants(losses: Mapping[str, Tensor]) -> None:
     constant = [name for name, loss in losses.items() if not loss.requires_grad]
     if constant:
         raise ConfigError(
-            f"terms.{constant[0]} depends on nothing that learns: it reads class texts alone, which are frozen. Set text_transform: "
-            f"{{name: residual}}, or take the term out, {{{constant[0]}: null}}."
+            f"terms.{constant[0]} depends on nothing that learns: what it reads is frozen, such as class texts. Let those learn, "
+            f"text_transform: {{name: residual}}, or take the term out, {{{constant[0]}: null}}."
         )
 
 
