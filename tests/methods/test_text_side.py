@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from aft.attacks import PGD
 from aft.batch import Batch
-from aft.clip import ModelSpec
+from aft.clip import ModelSpec, load_model
 from aft.clip.text_transform import TextTransformSpec
 from aft.errors import ConfigError, DataError
 from aft.losses import rival_margins
@@ -89,6 +89,16 @@ def test_what_is_asked_of_the_wrong_method_or_data_is_said(tiny: ModelSpec, data
         AdvFLYP(tiny, attack=ATTACK, captions_per="photo")
     with pytest.raises(ConfigError, match="margins between 1 class"):
         rival_margins(torch.ones(1, 4), 1.0)
+
+
+def test_a_teacher_without_tokens_is_named(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
+    """The student has them; the teacher's tower pools before it projects."""
+    method = ready("tga_zsr", tiny, data, tmp_path)
+    blind = load_model(tiny)
+    blind.visual.pool_type = "avg"
+    method._teacher, method._load_teacher = (), lambda: blind  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="teacher = tiny is asked for patch tokens"):
+        method.setup("fit")
 
 
 def test_numbers_that_are_none_are_refused(tiny: ModelSpec) -> None:
