@@ -1,4 +1,4 @@
-"""Adversarial pre-training against clean pre-training followed by TeCoA, at equal compute: ``python -m bench.pretraining``.
+"""Adversarial pre-training against clean pre-training followed by TeCoA, at equal compute: ``python -m bench.pretraining [--only WAY ...]``.
 
 ``bench/pretraining.yaml`` has both ways. Compute is the number of floating-point operations of the training steps, counted by torch.
 Everything is resumable; the rows go into the methods' table.
@@ -70,11 +70,13 @@ def count(ways: dict[str, list[dict[str, Any]]]) -> dict[str, int]:
 
 def main() -> None:
     """Trains both ways, phase after phase, and measures them."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
     ways, table = yaml.safe_load(WAYS.read_text())["ways"], yaml.safe_load(RECIPE.read_text())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=[*ways], choices=[*ways], metavar="WAY", help="names of ways; none: both")
+    wanted = parser.parse_args().only
     flops = count(ways)
     for way, steps in plan(ways, flops).items():
-        if stands(f"{way}_seed0", table):
+        if way not in wanted or stands(f"{way}_seed0", table):
             continue
         weights = "random"
         for phase, length in zip(ways[way], steps, strict=True):

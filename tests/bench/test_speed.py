@@ -102,7 +102,7 @@ def test_every_second_time_the_others_come_first() -> None:
     assert all(a < s for a, s in zip(watch.seconds["arithmetic"], watch.seconds["step"], strict=True))
 
 
-def test_what_the_trainer_does_after_a_step_is_in_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_trainer_does_after_a_step_is_in_the_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every second step waits for its log; the step before the others and the one after them, and the last one. By a made-up clock."""
     clock = [0.0]
 
@@ -118,7 +118,7 @@ def test_what_the_trainer_does_after_a_step_is_in_the_step(monkeypatch: pytest.M
 
     monkeypatch.setattr(SideBySide, "clock", lambda self: (clock[-1], clock[-1]))
     method = TeCoA(tiny(), attack=attack_of(1), optimizer=ADAMW)
-    watch = beside(method, MadeUp(4), {"other": lambda batch: None}, Effort(), 4, logger=Slow("nowhere"), log_every_n_steps=2)
+    watch = beside(method, MadeUp(4), {"other": lambda batch: None}, Effort(), 4, logger=Slow(tmp_path), log_every_n_steps=2)
     gone = [step - arithmetic for step, arithmetic in zip(watch.seconds["step"], watch.seconds["arithmetic"], strict=True)]
     assert set(gone[1::2]) == {1.0} and set(gone[2::2]) == {0.0} == set(watch.seconds["other"])
 
