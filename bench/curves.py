@@ -32,9 +32,9 @@ from aft.errors import DataError
 from aft.evaluation import origin
 from aft.methods import FARE, AdversarialFineTuning, OptimizerSpec, TeCoA
 from aft.methods.teacher_cache import TeacherCache
-from bench.machine import fill, place_of, table
+from bench.machine import hardware, place_of
+from bench.page import fenced, fill, table
 from bench.speed.__main__ import quiet
-from bench.speed.record import machine
 from bench.speed.row import Effort
 from bench.speed.setting import MINI, ROOT, trainer
 from callbacks import Compiled
@@ -198,7 +198,7 @@ def in_words(told: Mapping[str, Any]) -> str:
                      f"{one['difference']:+.1e} ({one['standard_error']:.1e})", f"{one['noise_over_seeds']:.4f}",
                      "yes" if one["holds"] else "NO"])  # fmt: skip
     head = ["speed-up", "maths", "apart", "end loss", "with it (s.e.)", "noise", "holds"]
-    return f"{told['steps']} steps, {told['seeds']} seeds; {told['machine']['cpu']}\n\n{table(head, rows)}"
+    return f"{told['steps']} steps, {told['seeds']} seeds; {told['machine']['processor']}\n\n{table(head, rows)}"
 
 
 def older(out: Path, start: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def main(words: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(words)
     out = place_of(asked.out, OUT, (asked.steps, asked.seeds) != (STEPS, SEEDS))
     quiet()
-    start = {"machine": machine(), "versions": origin.versions(), "steps": asked.steps, "seeds": asked.seeds,
+    start = {"machine": hardware(), "versions": origin.versions(), "steps": asked.steps, "seeds": asked.seeds,
              "products": products(), "threads": torch.get_num_threads()}  # fmt: skip
     found = older(out, start, asked.only) if asked.only else {}
     for name in asked.only or SPEED_UPS:
@@ -239,7 +239,7 @@ def main(words: Sequence[str] | None = None) -> int:
         told = {**start, "speed_ups": {each: found[each] for each in SPEED_UPS if each in found}}
         write_whole(out, (json.dumps(told) + "\n").encode())
     if out == OUT:
-        fill(PAGE, "bench.curves", in_words(told))
+        fill(PAGE, "bench.curves", fenced(in_words(told)))
     print(f"{in_words(told)}\n\nwritten: {out}")
     return int(not all(one.get("holds", True) for one in found.values()))
 

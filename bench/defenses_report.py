@@ -15,8 +15,8 @@ from aft import cards
 from aft.cards import Card
 from aft.errors import DataError
 from aft.evaluation.defended_report import told
-from bench.machine import fill
 from bench.methods_report import markdown
+from bench.page import fill
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS, PAGE = ROOT / "results" / "cards" / "defenses", ROOT / "docs" / "defenses.md"
@@ -123,4 +123,4 @@ def text_of(folder: Path, table: Path = TABLE) -> str:
 
 
 if __name__ == "__main__":
-    fill(PAGE, "bench.defenses_report", text_of(CARDS), fenced=False)
+    fill(PAGE, "bench.defenses_report", text_of(CARDS))

@@ -34,7 +34,8 @@ from aft.cards import write_whole
 from aft.clip import ModelSpec
 from aft.clip.cost import vit_cost
 from aft.methods import OptimizerSpec, TeCoA
-from bench.machine import fill, interleaved, machine, place_of, quiet, spread, table
+from bench.machine import interleaved, machine, place_of, quiet, spread
+from bench.page import fenced, fill, table
 from callbacks import Throughput
 from datamodules import ImageFolder, Sample, Shards
 from datamodules.common import ImageData
@@ -253,7 +254,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
                 "cores": cores(found, given.achieved, given.images_per_second)}  # fmt: skip
     write_whole(out, (json.dumps(told, indent=1) + "\n").encode())
     if out == OUT:
-        fill(PAGE, "bench.loader", in_words(told))
+        fill(PAGE, "bench.loader", fenced(in_words(told)))
     print(in_words(told), flush=True)
     return told
 

@@ -15,24 +15,30 @@ from typing import Any
 
 import torch
 
-from aft.cards import write_whole
 from aft.errors import ConfigError
 from aft.evaluation.origin import commit, now, versions
 
 ALSO = ("torchvision", "lightning", "pillow", "webdataset")  # beside those that stand on every card
 
 
+def hardware() -> dict[str, Any]:
+    """Processor, system, cores and accelerator: what figures of one table must share."""
+    return {
+        "processor": processor(), "system": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+    }  # fmt: skip
+
+
 def machine() -> dict[str, Any]:
-    """Processor, cores, threads, accelerator, versions and commit, as a plain dictionary for a results file.
+    """Hardware, threads, load, versions and commit, as a plain dictionary for a results file.
 
     ``load`` is how many processes wanted to run, mean of the last minute: above ``cores`` no wall-clock figure is to be trusted.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     head, dirty = commit()
     return {
-        "processor": processor(), "system": f"{platform.system()} {platform.machine()}", "cores": cores,
-        "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        **hardware(), "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "versions": {**versions(), **{name: importlib.metadata.version(name) for name in ALSO}},
         "commit": head, "dirty": dirty, "created": now(),
     }  # fmt: skip
@@ -83,14 +89,6 @@ def ratios(above: list[float], below: list[float]) -> dict[str, float]:
     return spread([one / other for one, other in zip(above, below, strict=True)])
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Columns under their heads, the first one to the left, the others to the right."""
-    widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
-    lines = [[cell.ljust(w) if not place else cell.rjust(w) for place, (cell, w) in enumerate(zip(row, widths, strict=True))]
-             for row in [head, ["-" * w for w in widths], *rows]]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
 def place_of(out: Path | None, usual: Path, quick: bool) -> Path:
     """Where figures go: as asked, or to the usual place.
 
@@ -100,24 +98,3 @@ def place_of(out: Path | None, usual: Path, quick: bool) -> Path:
     if quick and out is None:
         raise ConfigError(f"too little is measured for {usual.parent.name}/{usual.name}: give --out FILE.")
     return out or usual
-
-
-def fill(page: Path, name: str, text: str, fenced: bool = True) -> None:
-    """Puts measured tables on a page, between ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
-
-    Args:
-        page: a Markdown file.
-        name: of the place.
-        text: what stands there from now on.
-        fenced: as plain text; false: ``text`` is Markdown itself.
-
-    Raises:
-        ValueError: the page has no such place.
-    """
-    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"{page.name} has no place for the figures of {name}: write {begin.strip()} and {end} on lines of their own.")
-    block = f"```\n{text.strip()}\n```" if fenced else text.strip()
-    write_whole(page, f"{before}{begin}\n{block}\n\n{end}{after}".encode())

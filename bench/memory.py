@@ -39,7 +39,8 @@ from aft.cards import write_whole
 from aft.clip import ModelSpec
 from aft.methods import AdversarialFineTuning, OptimizerSpec
 from bench.growth import Growth
-from bench.machine import fill, machine, place_of, quiet, table
+from bench.machine import machine, place_of, quiet
+from bench.page import fenced, fill, table
 from callbacks import ActivationCheckpointing, Throughput
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,7 +247,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     text += f"\n\nleft behind by a step: {left}"
     write_whole(out, (json.dumps(told, indent=1) + "\n").encode())
     if out == OUT:
-        fill(PAGE, "bench.memory", text)
+        fill(PAGE, "bench.memory", fenced(text))
     print(text, flush=True)
     return told
 

@@ -29,6 +29,7 @@ from aft.clip.pack import pack_tower
 from aft.errors import unknown_name
 from bench import methods_report
 from bench.machine import machine
+from bench.page import fill
 from bench.runs import HERE, Method, fit, measured_speed, run
 
 RECIPE = HERE / "bench" / "methods_table.yaml"
@@ -179,8 +180,7 @@ def write_page(recipe: dict[str, Any]) -> None:
 
 def fill_docs(recipe: dict[str, Any]) -> None:
     """The block of the table in ``docs/methods.md``. Not while rows are made: their cards would say that the checkout was changed."""
-    text = methods_report.filled(DOCS.read_text(encoding="utf-8"), methods_report.in_short(recipe, RESULTS))
-    write_whole(DOCS, text.encode())
+    fill(DOCS, "bench.methods_table", methods_report.in_short(recipe, RESULTS))
 
 
 def asked_for(parser: argparse.ArgumentParser, recipe: dict[str, Any]) -> tuple[argparse.Namespace, list[Method]]:

@@ -1,4 +1,4 @@
-"""Adversarial pre-training against clean pre-training followed by TeCoA, at equal compute: ``python -m bench.pretraining [--only WAY ...]``.
+"""Adversarial pre-training against clean pre-training then TeCoA, at equal compute: ``python -m bench.pretraining [--only WAY ...]``.
 
 ``bench/pretraining.yaml`` has both ways. Compute is the number of floating-point operations of the training steps, counted by torch.
 Everything is resumable; the rows go into the methods' table.

@@ -15,15 +15,14 @@ from typing import Any
 import open_clip
 import yaml
 
-from aft.cards import write_whole
 from aft.clip.cost import text_forward, vit_cost
 from bench.cheaper_report import Yardstick, kept, reached
 from bench.cheaper_training import RECIPE, RESULTS
+from bench.page import fill
 from bench.runs import HERE
 from bench.step_cost import Part, parts_of, planned, spent
 
 PAGE = HERE / "docs" / "scaling.md"
-BEGIN, END = "<!-- computed by python -m bench.pretraining_cost -->", "<!-- until here -->"
 #: What is computed for. Pairs and passes: the size of LAION-400M and of CLIP's own data, and CLIP's 32 passes.
 TOWER, PAIRS, PASSES = "ViT-B-16", 400e6, 32
 #: GPU hours (A100, 40 GB) that open_clip's ViT-B/16 took for so many passes over LAION-400M without an attack: its docs/PRETRAINED.md.
@@ -129,17 +128,11 @@ def computed(recipe: Mapping[str, Any], results: Path) -> str:
     return "\n".join(lines)
 
 
-def page_with(block: str, page: str) -> str:
-    """The page with its computed part replaced."""
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n{block}\n{END}{rest.partition(END)[2]}"
-
-
 def main() -> None:
     """Writes the figures into the page."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     recipe = yaml.safe_load(RECIPE.read_text())
-    write_whole(PAGE, page_with(computed(recipe, RESULTS), PAGE.read_text(encoding="utf-8")).encode())
+    fill(PAGE, "bench.pretraining_cost", computed(recipe, RESULTS))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aft.clip import ModelSpec
 from aft.clip.matmul import products
 from aft.methods import TeCoA
-from bench.machine import fill, processor, quiet, table
+from bench.machine import processor, quiet
+from bench.page import fenced, fill, table
 from bench.speed.evaluation import cell_of, forwards, gradient_attacks, robust_model
 from bench.speed.row import Effort
 from bench.speed.setting import BASE, MINI, ROOT, MadeUp, trainer
@@ -141,7 +142,7 @@ def main(words: Sequence[str] | None = None) -> None:
     place = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32 products by {products()}"
     text = "\n\n".join([place, *(looked_at(name, run, asked.rows, parts) for name, run, parts in works)])
     if asked == parser.parse_args([]):
-        fill(PAGE, "bench.profile", text)
+        fill(PAGE, "bench.profile", fenced(text))
     print(text, flush=True)
 
 

@@ -23,7 +23,8 @@ import torch
 
 from aft.cards import write_whole
 from aft.clip.cost import vit_cost
-from bench.machine import fill, machine, place_of, ratios, spread, table
+from bench.machine import machine, place_of, ratios, spread
+from bench.page import fenced, fill, table
 from bench.runs import to_the_end
 from bench.scaling_model import Network, Step, buckets_of, sent
 
@@ -131,7 +132,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             "many": many()}  # fmt: skip
     write_whole(out, (json.dumps(told, indent=1) + "\n").encode())
     if out == OUT:
-        fill(PAGE, "bench.scaling", in_words(told))
+        fill(PAGE, "bench.scaling", fenced(in_words(told)))
     print(in_words(told), flush=True)
     return told
 

@@ -11,6 +11,7 @@ import yaml
 from aft import cards
 from aft.errors import DataError
 from bench import methods_report, methods_table
+from bench.page import placed
 
 RECIPE = yaml.safe_load(methods_table.RECIPE.read_text())
 ANY_CARD = next(Path("results/cards/tecoa_mini").rglob("*apgd*.json"))
@@ -178,18 +179,16 @@ def test_pre_training_is_not_ranked_among_fine_tunings(results: Path) -> None:
 def test_the_docs_and_the_page_are_what_the_committed_cards_make() -> None:
     """No figure rots: `python -m bench.methods_table --show` writes both."""
     docs = methods_table.DOCS.read_text()
-    assert methods_report.filled(docs, methods_report.in_short(RECIPE, methods_table.RESULTS)) == docs
+    assert placed(docs, "bench.methods_table", methods_report.in_short(RECIPE, methods_table.RESULTS)) == docs
     if methods_report.runs_of(methods_table.RESULTS):
         assert methods_report.page(RECIPE, methods_table.RESULTS) == (methods_table.RESULTS / "README.md").read_text()
 
 
 def test_the_block_of_the_docs_is_short_and_says_all(results: Path) -> None:
-    """Both data sets in one table, every sentence, how many methods are there; marks that are gone are named."""
+    """Both data sets in one table, every sentence, how many methods are there."""
     block = methods_report.in_short(RECIPE, results)
     assert "| near | 30.0 ± 2.0 | 21.5 ± 1.8 | reliable |" in block and "1 of 13 methods are measured" in block
     assert all(f"- {sentence}" in block for sentence in told(results))
-    with pytest.raises(ValueError, match="lacks the marks"):
-        methods_report.filled("no marks", block)
 
 
 def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

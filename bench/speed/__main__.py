@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from aft.cards import write_whole
 from aft.errors import ConfigError, unknown_name
+from bench.page import fill
 from bench.speed import record
 from bench.speed.row import Effort, NotHere, Row
 from bench.speed.rows import ROWS
@@ -24,7 +24,6 @@ from bench.speed.setting import ROOT
 
 OUT = ROOT / "results" / "bench.json"
 PAGE = ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- table of results/bench.json, by python -m bench.speed --page -->", "<!-- end of the table -->"
 
 
 def settings_of(words: Sequence[str] | None) -> argparse.Namespace:
@@ -71,22 +70,9 @@ def in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def with_table(page: str, table: str) -> str:
-    """The page with another table between its marks.
-
-    Raises:
-        ConfigError: the marks are not there.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ConfigError(f"the page lacks {BEGIN!r} or {END!r}: put both where the table belongs.")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
-
-
 def write_page(out: Path) -> None:
     """The table of a file into the page."""
-    write_whole(PAGE, with_table(PAGE.read_text(encoding="utf-8"), record.page(record.read(out))).encode())
+    fill(PAGE, "bench.speed", record.page(record.read(out)))
 
 
 def quiet() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from aft.clip.matmul import products
 from aft.errors import DataError
 from aft.evaluation import origin
 from aft.evaluation.effort import span
+from bench.machine import hardware
 from bench.speed.row import Effort, Found, Row, middle_half
 from datamodules.zero_shot_table import table as suite
 
@@ -28,21 +27,10 @@ COLUMNS = 80
 PLACE = ("machine", "versions", "threads", "device", "products")
 
 
-def machine() -> dict[str, Any]:
-    """What it runs on; no name of it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    models = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
-    return {
-        "cpu": ", ".join(sorted(models)) or platform.processor() or platform.machine(), "cores": os.cpu_count(),
-        "system": platform.system(), "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }  # fmt: skip
-
-
 def head(effort: Effort) -> dict[str, Any]:
     """All that is the same for every row of a start."""
     return {
-        "schema": SCHEMA, "machine": machine(), "versions": origin.versions(), "threads": torch.get_num_threads(),
+        "schema": SCHEMA, "machine": hardware(), "versions": origin.versions(), "threads": torch.get_num_threads(),
         "device": effort.device, "products": products(), "quick": effort.quick,
     }  # fmt: skip
 
@@ -183,7 +171,7 @@ def page(told: Mapping[str, Any]) -> str:
     """The same as Markdown, with the machine above it."""
     place = told["machine"]
     lines = [
-        f"{place['cpu']}, {place['cores']} cores, {told['threads']} threads; {place['accelerator'] or 'no GPU'}; fp32 products by "
+        f"{place['processor']}, {place['cores']} cores, {told['threads']} threads; {place['accelerator'] or 'no GPU'}; fp32 products by "
         f"{told['products']}; torch {told['versions']['torch']}, Python {told['versions']['python']}."
         + (" A quick run, too short for figures." if told["quick"] else ""),
         "",

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from aft.errors import DataError
-from bench import defenses_report, machine
+from bench import defenses_report
+from bench.page import fill
 
 ANY_CARD = next((defenses_report.CARDS / "tecoa_noise").glob("*.json"))
 
@@ -28,7 +29,7 @@ def test_the_page_is_what_the_committed_cards_make(tmp_path: Path) -> None:
     """The command writes what stands there already."""
     page = tmp_path / "defenses.md"
     page.write_bytes(defenses_report.PAGE.read_bytes())
-    machine.fill(page, "bench.defenses_report", defenses_report.text_of(defenses_report.CARDS), fenced=False)
+    fill(page, "bench.defenses_report", defenses_report.text_of(defenses_report.CARDS))
     assert page.read_text() == defenses_report.PAGE.read_text()
 
 
@@ -75,12 +76,3 @@ def test_nothing_measured_is_said(tmp_path: Path) -> None:
     """An empty folder gives tables without figures, and no sentence."""
     text = defenses_report.text_of(tmp_path)
     assert defenses_report.MISSING in text and "A defence" not in text and not any(mark in text for mark in ("±", "%"))
-
-
-@pytest.mark.parametrize("fenced", [True, False])
-def test_a_block_is_fenced_or_markdown(tmp_path: Path, fenced: bool) -> None:
-    """Tables for the screen are plain text on a page, Markdown is not."""
-    page = tmp_path / "page.md"
-    page.write_text("<!-- x -->\n<!-- end of x -->\n")
-    machine.fill(page, "x", "| a |", fenced)
-    assert ("```\n| a |\n```" in page.read_text()) is fenced and "| a |" in page.read_text()

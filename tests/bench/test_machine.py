@@ -11,6 +11,7 @@ import pytest
 
 from aft.errors import ConfigError
 from bench import loader, machine, memory, scaling
+from bench.page import fenced, fill
 
 
 def test_a_machine_is_described_without_its_name() -> None:
@@ -33,10 +34,10 @@ def test_tables_go_to_their_place_and_nowhere_else(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- x -->\n<!-- end of x -->\nafter\n")
     for text in ("one", "two"):
-        machine.fill(page, "x", text)
+        fill(page, "x", fenced(text))
     assert page.read_text() == "before\n<!-- x -->\n\n```\ntwo\n```\n\n<!-- end of x -->\nafter\n"
     with pytest.raises(ValueError, match="no place for the figures of y"):
-        machine.fill(page, "y", "three")
+        fill(page, "y", "three")
 
 
 @pytest.mark.parametrize("program", [loader, memory, scaling])
@@ -49,11 +50,13 @@ def test_a_trial_overwrites_no_figures(program: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(("page", "name"), [
-    *(("performance", f"bench.{name}") for name in ("loader", "memory", "curves", "profile")), ("scaling", "bench.scaling"),
+    *(("performance", f"bench.{name}") for name in ("speed", "loader", "memory", "curves", "profile")),
+    ("scaling", "bench.scaling"), ("scaling", "bench.pretraining_cost"),
+    ("methods", "bench.methods_table"), ("defenses", "bench.defenses_report"),
 ])  # fmt: skip
 def test_the_pages_have_the_places(page: str, name: str, tmp_path: Path) -> None:
     """A measurement of minutes must not end in an error."""
     text = (Path(__file__).resolve().parents[2] / "docs" / f"{page}.md").read_text(encoding="utf-8")
     (tmp_path / "page.md").write_text(text, encoding="utf-8")
-    machine.fill(tmp_path / "page.md", name, "figures")
+    fill(tmp_path / "page.md", name, "figures")
     assert "figures" in (tmp_path / "page.md").read_text()

@@ -13,6 +13,7 @@ import yaml
 from aft.clip.cost import text_forward, vit_cost
 from bench import pretraining_cost as bench
 from bench.cheaper_training import RECIPE, RESULTS
+from bench.page import placed
 
 CONFIG = open_clip.get_model_config("ViT-B-16")
 F, TEXT = vit_cost(CONFIG), text_forward(CONFIG)
@@ -22,7 +23,7 @@ BASELINE = 2 * (F.forward + F.input_gradient) + F.forward + F.weight_gradient + 
 def test_the_page_is_what_is_computed() -> None:
     """Write it again with python -m bench.pretraining_cost."""
     page = bench.PAGE.read_text(encoding="utf-8")
-    assert bench.page_with(bench.computed(yaml.safe_load(RECIPE.read_text()), RESULTS), page) == page
+    assert placed(page, "bench.pretraining_cost", bench.computed(yaml.safe_load(RECIPE.read_text()), RESULTS)) == page
 
 
 def test_costs_of_a_pair_by_hand() -> None:

@@ -16,6 +16,7 @@ from aft.clip import cost, load_model
 from aft.errors import ConfigError, DataError
 from aft.evaluation.effort import span
 from aft.methods import FARE, TeCoA
+from bench.page import placed
 from bench.speed import __main__ as command
 from bench.speed import counts, record, startup
 from bench.speed.row import Effort, Found, NotHere, Row, Target, middle_half
@@ -174,7 +175,7 @@ def test_a_quick_run_writes_the_file_and_shows_the_table(
     command.main(["--quick", "--out", str(out)])
     told = record.read(out)
     assert [row["name"] for row in told["rows"]] == ["held", "made_up"] and told["quick"]
-    assert {"cpu", "cores", "system", "accelerator"} == told["machine"].keys() and told["threads"] == torch.get_num_threads()
+    assert {"processor", "cores", "system", "accelerator"} == told["machine"].keys() and told["threads"] == torch.get_num_threads()
     assert all(row["met"] for row in told["rows"]) and "median" in capsys.readouterr().out
     command.main(["--quick", "--only", "held", "--out", str(out)])
     assert [row["name"] for row in record.read(out)["rows"]] == ["held", "made_up"]
@@ -182,7 +183,7 @@ def test_a_quick_run_writes_the_file_and_shows_the_table(
 
 def test_rows_of_two_machines_are_not_put_into_one_table(tmp_path: Path) -> None:
     out, start = tmp_path / "bench.json", record.head(Effort())
-    record.write(out, {**start, "machine": {**start["machine"], "cpu": "another"}}, [], [])
+    record.write(out, {**start, "machine": {**start["machine"], "processor": "another"}}, [], [])
     with pytest.raises(DataError, match="another machine"):
         record.older(out, start, ["calls"])
 
@@ -212,7 +213,7 @@ def test_a_row_that_fails_ends_no_other(tmp_path: Path, capsys: pytest.CaptureFi
         raise RuntimeError("no | more\n/place/of/somebody: line 3")
 
     out, page = tmp_path / "bench.json", tmp_path / "page.md"
-    page.write_text(f"{command.BEGIN}\n{command.END}\n")
+    page.write_text("<!-- bench.speed -->\n<!-- end of bench.speed -->\n")
     seen: list[str] = []
 
     def after(effort: Effort) -> Found:
@@ -243,7 +244,7 @@ def test_the_page_says_what_was_measured() -> None:
     page = command.PAGE.read_text(encoding="utf-8")
     if not command.OUT.exists():
         pytest.skip("results/bench.json is not there: run make bench")
-    assert command.with_table(page, record.page(record.read(command.OUT))) == page
+    assert placed(page, "bench.speed", record.page(record.read(command.OUT))) == page
     assert not json.loads(command.OUT.read_text())["quick"]
 
 
