@@ -24,7 +24,7 @@ from bench.speed.row import Effort, Found, ratios
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-TINY = "bench_tiny"
+TINY, TINY_RESNET = "bench_tiny", "bench_tiny_resnet"
 #: Steps before the first that counts: the first ones allocate, and choose algorithms.
 WARM = 2
 
@@ -36,6 +36,12 @@ def tiny() -> ModelSpec:
     """A CLIP with random weights: 0.02 GFLOP an image of 32 x 32, a prompt 0.68 of that, as in ViT-B/32 (``tiny/``)."""
     EMBEDDED[TINY] = HERE / "tiny"
     return ModelSpec(TINY, "random")
+
+
+def tiny_resnet() -> ModelSpec:
+    """A CLIP with random weights whose image tower is a ResNet: four blocks, images of 32 x 32 (``tiny_resnet/``)."""
+    EMBEDDED[TINY_RESNET] = HERE / "tiny_resnet"
+    return ModelSpec(TINY_RESNET, "random")
 
 
 class MadeUp(L.LightningDataModule):

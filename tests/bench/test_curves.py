@@ -30,6 +30,15 @@ def test_the_folded_projection_leaves_the_curve_where_it_is(tmp_path: Path) -> N
     assert told["holds"] and len(told["with"][0]) == 2 and told["with"][0][0] > 0
 
 
+def test_channels_last_leaves_the_curve_where_it_is() -> None:
+    """On a ResNet, whose weights lie otherwise in memory on the two sides."""
+    orders = [curves.tecoa_resnet(0)[0] for _ in range(2)]
+    curves.in_usual_order(orders[0])
+    last = [any(w.dim() == 4 and not w.is_contiguous() for w in method.model.visual.parameters()) for method in orders]
+    told = curves.compared("channels_last", range(1), 2)
+    assert last == [False, True] and told["holds"] and told["without"][0][0] > 0
+
+
 def test_a_cache_leaves_the_curve_where_it_is_and_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Into the second epoch of the sample's 2,000 images, where the teacher is asked no more; FARE, without augmentation."""
     asked: list[int] = []
