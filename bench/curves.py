@@ -2,10 +2,10 @@
 
 MiniCLIP-32 (for channels last a small ResNet) on the embedded sample. Where the mathematics is unchanged both curves run in float64 and
 must be equal: in fp32 the signs of small gradients differ by rounding, and the curves part. Where sums or roundings change they run in
-fp32, and what counts is the mean loss of the last fifth. Both ways share each seed's images and order, so their difference is taken seed by seed. The speed-up holds
-where the mean difference, widened by two of its standard errors, is below twice the standard deviation of that loss over seeds: it then
-moves the loss by less than another seed does. Written to ``results/curves.json`` and the table of ``docs/performance.md``. Another
-speed-up is one line.
+fp32, and what counts is the mean loss of the last fifth. Both ways share each seed's images and order, so their difference is taken seed
+by seed. The speed-up holds where the mean difference, widened by two of its standard errors, is below twice the standard deviation of
+that loss over seeds: it then moves the loss by less than another seed does. Written to ``results/curves.json`` and the table of
+``docs/performance.md``. Another speed-up is one line.
 """
 
 from __future__ import annotations
