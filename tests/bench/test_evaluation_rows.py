@@ -46,3 +46,22 @@ def test_an_image_that_breaks_later_costs_its_steps(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(evaluation, "USUAL", evaluation.NEVER)
     with pytest.raises(NotHere, match="breaks none"):
         evaluation.broken_usual(QUICK)
+
+
+def test_a_robust_image_costs_more_than_one_that_breaks() -> None:
+    """The ends have no and all images robust; between them an image costs no less than the straight line says."""
+    found = evaluation.along_shares(QUICK)
+    none, *between, every = found.told["curve"]
+    assert (none["robust_share"], every["robust_share"]) == (0, 1) and none["forwards"] < every["forwards"]
+    assert len(found.values) == len(between) == 1 and found.values[0] >= 1
+    assert all(one["images"] == 4 and one["seconds"] > 0 for one in found.told["curve"])
+
+
+def test_the_share_weighs_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a set of which a half is robust: (2 + 10) / (8 + 16); of the two ends alone 2 / 8 and 10 / 16. Without the package: nothing."""
+    with pytest.raises(NotHere, match="pyautoattack"):
+        evaluation.by_share(QUICK)
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(evaluation, "ends", lambda model, protocol, *rest: (2, 10) if protocol == "four" else (8, 16))
+    found = evaluation.by_share(QUICK)
+    assert found.values == [0.5] and found.told["by_robust_share"] == {"0": 0.25, "0.25": 0.4, "0.5": 0.5, "0.75": 8 / 14, "1": 0.625}

@@ -6,7 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from aft.errors import RunError
 from bench import scaling, scaling_two
 from bench.scaling_model import Network
 from bench.speed import processes
@@ -41,6 +43,23 @@ def test_a_step_has_taken_as_long_as_its_slower_process() -> None:
     """But for those of the first process alone, when the second one is done at once."""
     first, second = {"synced": [1.0, 4.0], "alone": [5.0, 6.0]}, {"synced": [3.0, 2.0], "alone": [9.0, 9.0]}
     assert scaling.as_the_slower(first, second) == {"synced": [3.0, 4.0], "alone": [5.0, 6.0]}
+
+
+def test_gradients_are_compared_by_the_largest_entry_and_only_where_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """.5 off where the largest is 4; a gradient that is not a number is not equal to another, and is refused by name of what to look at."""
+    given = {1: [4.0, 1.0], 2: [4.0, 1.5]}
+
+    def start(job: str, processes: int, folder: Path, steps: int = 1) -> None:
+        """As a job leaves it."""
+        torch.save({"weight": torch.tensor(given[processes])}, folder / f"{job}-{processes}.pt")
+
+    monkeypatch.setattr(processes, "start", start)
+    assert processes.same_gradients(Effort()).values == [0.125]
+    for broken in (1, 2):
+        monkeypatch.setitem(given, broken, [4.0, float("nan")])
+        with pytest.raises(RunError, match="not finite"):
+            processes.same_gradients(Effort())
+        monkeypatch.setitem(given, broken, [4.0, 1.0])
 
 
 @pytest.mark.slow
