@@ -263,14 +263,14 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(cells)} |" for cells in rows)]
 
 
-def full(table: Table, runs: Mapping[str, Any], costs: Mapping[str, float]) -> list[str]:
+def full(table: Table, runs: Mapping[str, Any], costs: Mapping[str, Sequence[float]]) -> list[str]:
     """One data set in ``results/methods_table/README.md``."""
     head = ["method", *map(place_text, table.places), "largest PGD-to-APGD gap", "rate", "time of a step", "verdict"]
     rows = []
     for row in table.rows:
         gap = f"{row.gap[0]:.1f}" + (" (!)" if row.gap[0] > LARGEST_GAP else "")
         rate = next(f"{told['rate']:g}" for label, told in runs.items() if label.rpartition("_seed")[0] == row.name)
-        cost = f"{costs[row.name]:.2f}" if row.name in costs else "-"
+        cost = of_rounds(costs[row.name]) if row.name in costs else "-"
         rows.append([row.label, *(table.cell(row, where) for where in table.places), gap, rate, cost, row.verdict])
     return [f"## {NAMES[table.data]}", "", *markdown(head, rows), "", *(f"- {sentence}" for sentence in sentences(table)), ""]
 
@@ -292,6 +292,16 @@ def pretraining(results: Path, runs: Mapping[str, Any], n: int) -> list[str]:
     return ["## Adversarial pre-training", "", *told, *lines] if lines else []
 
 
+def of_rounds(ratios: Sequence[float]) -> str:
+    """Median and range.
+
+    Example:
+        >>> of_rounds([1.5, 1.3, 1.42])
+        '1.42 (1.30 to 1.50)'
+    """
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
 def page(recipe: Mapping[str, Any], results: Path) -> str:
     """All of ``results/methods_table/README.md``."""
     runs = runs_of(results)
@@ -310,8 +320,8 @@ def page(recipe: Mapping[str, Any], results: Path) -> str:
         "not ranked. A row of one seed passes twice that deviation by chance of training in about one cell of five: it is the",
         "error over images that holds it back.",
         f"Gap: PGD ({given['steps']} steps, same images) minus APGD, in points, at the radius where it",
-        f"is largest; (!) above {LARGEST_GAP:g}. Time of a step: relative to TeCoA's. Verdict: the worst of the row's cards",
-        "(docs/checks.md).",
+        f"is largest; (!) above {LARGEST_GAP:g}. Time of a step: over TeCoA's, median and range of rounds. Verdict: the worst",
+        "of the row's cards (docs/checks.md).",
         "",
     ]
     for table in tables(recipe, results):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from aft.clip import ModelSpec, load_model
 from aft.clip.pack import pack_tower
 from aft.errors import unknown_name
 from bench import methods_report
-from bench.machine import machine
+from bench.machine import hardware, machine
 from bench.page import fill
 from bench.runs import HERE, Method, fit, measured_speed, run
 
@@ -73,8 +72,8 @@ def search(recipe: dict[str, Any], method: Method) -> tuple[float, dict[str, Any
     return float(best), tried
 
 
-def relative_costs(recipe: dict[str, Any], methods: list[Method]) -> dict[str, float]:
-    """Time of a training step over TeCoA's: short runs, one method after the other, in rounds; the median of the rounds' ratios."""
+def relative_costs(recipe: dict[str, Any], methods: list[Method]) -> dict[str, list[float]]:
+    """Time of a training step over TeCoA's, once a round: in each, short runs of one method after the other."""
     given, ratios = recipe["cost"], dict[str, list[float]]()
     for turn in range(given["rounds"]):
         speeds = {}
@@ -83,7 +82,7 @@ def relative_costs(recipe: dict[str, Any], methods: list[Method]) -> dict[str, f
             speeds[method.name] = measured_speed(recipe, method, folder, min(recipe["search"]["rates"]), given["steps"])
         for name, speed in speeds.items():
             ratios.setdefault(name, []).append(speeds["tecoa"] / speed)
-    return {name: statistics.median(values) for name, values in ratios.items()}
+    return ratios
 
 
 def measure(recipe: dict[str, Any], label: str, weights: Path) -> None:
@@ -166,11 +165,12 @@ def keep(label: str, told: dict[str, Any]) -> None:
     write_whole(RESULTS / "rows" / f"{label}.json", (json.dumps(told, indent=1) + "\n").encode())
 
 
-def keep_costs(costs: dict[str, float]) -> None:
-    """Adds to ``results/methods_table/cost.json``, with the machine that the last of them were measured on."""
-    path = RESULTS / "cost.json"
-    before = json.loads(path.read_text())["ratios"] if path.exists() else {}
-    write_whole(path, (json.dumps({"machine": machine(), "ratios": {**before, **costs}}, indent=1) + "\n").encode())
+def keep_costs(costs: dict[str, list[float]]) -> None:
+    """Adds to ``results/methods_table/cost.json``; those of other hardware do not stay beside them."""
+    path, here = RESULTS / "cost.json", machine()
+    before = json.loads(path.read_text()) if path.exists() else {"machine": here, "ratios": {}}
+    alike = all(before["machine"][key] == here[key] for key in (*hardware(), "threads"))
+    write_whole(path, (json.dumps({"machine": here, "ratios": {**(before["ratios"] if alike else {}), **costs}}, indent=1) + "\n").encode())
 
 
 def write_page(recipe: dict[str, Any]) -> None:

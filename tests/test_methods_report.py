@@ -221,6 +221,18 @@ def test_a_row_that_stands_whole_is_not_done_again(results: Path, monkeypatch: p
     assert not list(methods_table.trained(recipe, [methods_table.Method("near", "Near")]))
 
 
+def test_costs_of_two_machines_are_not_put_into_one_table(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same hardware they stay beside each other, and the page shows both, median and range."""
+    monkeypatch.setattr(methods_table, "RESULTS", results)
+    methods_table.keep_costs({"far": [1.3, 1.5, 1.4]})
+    methods_table.keep_costs({"near": [1.0, 1.0, 1.0]})
+    assert "1.40 (1.30 to 1.50)" in lines_of(results)["far"] and "1.00 (1.00 to 1.00)" in lines_of(results)["near"]
+    told = json.loads((results / "cost.json").read_text())
+    (results / "cost.json").write_text(json.dumps({**told, "machine": {**told["machine"], "processor": "another"}}))
+    methods_table.keep_costs({"near": [1.1]})
+    assert json.loads((results / "cost.json").read_text())["ratios"] == {"near": [1.1]}
+
+
 def test_a_rate_is_searched_once_for_all_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The seed that is missing takes the rate of the seed that stands, also on another machine, where the search's runs are not."""
     monkeypatch.setattr(methods_table, "RESULTS", tmp_path)
