@@ -7,6 +7,8 @@ import inspect
 import re
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -42,6 +44,8 @@ def explain(message: str, parser: Any, bases: Iterable[type] = ()) -> str:
     ours = re.search(r"unknown (?:option|setting|class) '[^']*': (?:did you mean [^?]*\?|see --help for what is allowed\.)", text)
     if ours:  # a nested parser has explained it already
         return ours.group()
+    if absent := absent_file(text):
+        return absent
     refused = re.search(r"Errors: - (?!Expected |Parser key |Does not |Problem )(.+?) - Expected a <class 'NoneType'>", text)
     if refused:  # a class of ours refused the value, the parser then tried null
         return refused[1]
@@ -59,6 +63,22 @@ def explain(message: str, parser: Any, bases: Iterable[type] = ()) -> str:
             near = unknown_name(kind, given, known).partition(" Known:")[0]
             return near if near.endswith("?") else f"{near} see --help for what is allowed."
     return text
+
+
+def absent_file(text: str) -> str:
+    """Of a parser's message about a file that is not there: one sentence with files of nearly that name; else nothing.
+
+    Looked at are the folder that was named, and all of ``configs``.
+    """
+    found = re.search(r"File does not exist: '?([^']+)'?", text)
+    if found is None:
+        return ""
+    path = Path(found[1])
+    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    there = {place for place in (*path.parent.glob(f"*{path.suffix}"), *Path("configs").rglob("*.yaml")) if place.is_file()}
+    names = get_close_matches(path.name, {place.name for place in there}, n=2, cutoff=0.75)
+    near = get_close_matches(str(path), [str(place) for place in there if place.name in names], n=2, cutoff=0)
+    return f"there is no file {path}" + (f": did you mean {' or '.join(near)}?" if near else ".")
 
 
 def _vocabulary(bases: Iterable[type]) -> dict[str, set[str]]:
@@ -163,6 +183,8 @@ def parser_of(prog: str, about: type) -> ArgumentParser:
 def refusal(error: ArgumentError, parser: ArgumentParser) -> ConfigError:
     """What such a parser says, on one line, with near matches where a setting is not known."""
     text = " ".join(str(error).split())
+    if absent := absent_file(text):
+        return ConfigError(absent)
     if "arguments are required" in text:
         return ConfigError(f"{text}: give them, or with -c a YAML that has them (configs/ has some for each command).")
     unknown = re.search(r"Option '(\w+)[\w.]*' is not accepted|unrecognized arguments: --(\w+)", text)

@@ -158,6 +158,7 @@ def test_a_radius_given_twice_is_measured_once(tmp_path, capsys):
 
 MISTAKES = {
     "--model miniclip32 --weights x.ckpt": "give one of them",
+    "-c configs/eval/apdg.yaml": "there is no file configs/eval/apdg.yaml: did you mean configs/eval/apgd.yaml",
     "--protocols [apdg]": "did you mean 'apgd'",
     "--label_spaces {s: [cat,dgo]}": "did you mean 'dog'",
     "--n 5000": "has 1000 images",
