@@ -22,11 +22,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
 
 from aft.attacks import PGD
 from aft.cards import write_whole
-from aft.clip.attention import FoldedAttention
+from aft.clip.attention import unfold_attention
 from aft.clip.matmul import products, use_onednn, use_torch, wanted
 from aft.errors import DataError
 from aft.evaluation import origin
@@ -78,9 +77,7 @@ def untouched(method: AdversarialFineTuning) -> list[L.Callback]:
 
 def with_torchs_attention(method: AdversarialFineTuning) -> list[L.Callback]:
     """Without the folded projection."""
-    for module in method.model.visual.modules():
-        if isinstance(module, FoldedAttention):
-            module.__class__ = nn.MultiheadAttention
+    unfold_attention(method.model.visual)
     return []
 
 

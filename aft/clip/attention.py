@@ -52,6 +52,13 @@ def fold_attention(tower: nn.Module) -> None:
             module.__class__ = FoldedAttention
 
 
+def unfold_attention(tower: nn.Module) -> None:
+    """Takes :func:`fold_attention` back, in place: what it is compared with."""
+    for module in tower.modules():
+        if type(module) is FoldedAttention:
+            module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
+
+
 def is_plain(attention: nn.MultiheadAttention) -> bool:
     """Batch first, one width for query, key and value, no dropout, nothing added to keys."""
     added = attention.add_zero_attn or attention.bias_k is not None

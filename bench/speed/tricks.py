@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aft.clip import ModelSpec, load_model
-from aft.clip.attention import FoldedAttention
+from aft.clip.attention import unfold_attention
 from aft.clip.matmul import products, torchs_products, use_onednn, use_torch
 from aft.clip.weights import build_clip, describe
 from bench.speed.row import Effort, Found, NotHere, ratios
@@ -68,9 +68,7 @@ def folded(clip: ModelSpec, batch_size: int, repeats: int) -> Callable[[Effort],
         """Both towers frozen."""
         ours, side = tower_of(clip, effort)
         torchs = copy.deepcopy(ours)
-        for module in torchs.modules():
-            if isinstance(module, FoldedAttention):
-                module.__class__ = nn.MultiheadAttention
+        unfold_attention(torchs)
         images_BCHW = torch.rand(batch_size, 3, side, side, device=effort.on)
         with torchs_products():
             told: dict[str, object] = {"model": clip.name, "batch_size": batch_size, "products": products()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aft.clip import ModelSpec, ZeroShotModel, load_model
-from aft.clip.attention import FoldedAttention, attend, fold_attention
+from aft.clip.attention import FoldedAttention, attend, fold_attention, unfold_attention
 
 
 class Products(TorchDispatchMode):
@@ -42,9 +42,8 @@ class Kinds(TorchDispatchMode):
 def as_torch_has_it(tower: nn.Module) -> nn.Module:
     """A copy with torch's own attention."""
     tower = copy.deepcopy(tower)
-    for module in tower.modules():
-        if isinstance(module, FoldedAttention):
-            module.__class__ = nn.MultiheadAttention
+    unfold_attention(tower)
+    assert not any(isinstance(module, FoldedAttention) for module in tower.modules())
     return tower
 
 
