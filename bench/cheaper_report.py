@@ -23,14 +23,9 @@ HEAD = (
     "the time of each kind of step. What the options are and what they risk: [docs/cheaper_training.md](../../docs/cheaper_training.md).",
     "",
 )
-TIMED = (
-    "`time` ranks the rows: steps of each kind times what such a step takes, over a step of the baseline, measured in short runs in turn",
-    "(median of rounds). `forwards` are counted where they happen, in forwards of one image through the whole tower;",
-)
-UNTIMED = (
-    "**Not timed yet** (`--time`, on a quiet machine): `time` is that of forwards, counted where they happen, in forwards of one image",
-    "through the whole tower, which leaves out all that is not the tower;",
-)
+#: A list a round, in it the time of each kind of a row's steps over a step of the baseline.
+Rounds = Sequence[Sequence[float]]
+THE_UNIT: Rounds = ((1.0,),)
 
 
 @dataclass(frozen=True)
@@ -62,26 +57,27 @@ def kept(results: Path) -> dict[str, Any]:
     return rows
 
 
-def times_of(recipe: Mapping[str, Any], results: Path) -> dict[str, list[float]] | None:
-    """Time of each row's kinds of steps, over a step of the baseline; none where not every row is timed."""
+def times_of(recipe: Mapping[str, Any], results: Path) -> dict[str, Rounds] | None:
+    """Of each row; none where not every row is timed."""
     path = results / TIMES
-    times: dict[str, list[float]] = json.loads(path.read_text())["ratios"] if path.exists() else {}
+    times: dict[str, Rounds] = json.loads(path.read_text())["ratios"] if path.exists() else {}
     return times if times.keys() >= recipe["rows"].keys() else None
 
 
-def dated(row: Mapping[str, Any], of_a_step: Sequence[float] | None, yard: Yardstick) -> list[Mark]:
-    """The marks of a row with their ``time``, in times of the whole baseline.
+def typical(rounds: Rounds) -> list[float]:
+    """Time of each kind of steps: medians of the rounds."""
+    return [statistics.median(one) for one in zip(*rounds, strict=True)]
 
-    Args:
-        row: from the results.
-        of_a_step: time of each of its kinds of steps, over a step of the baseline; none: not measured, and forwards stand for it.
-        yard: the baseline.
-    """
-    marks: list[Mark] = row["marks"]
-    if of_a_step is None:
-        return [{**mark, "time": mark["cost"] / yard.cost} for mark in marks]
+
+def taken(row: Mapping[str, Any], of_a_step: Sequence[float], steps: float) -> float:
+    """By the first ``steps`` steps of a row, in steps of the baseline."""
     ends = parts_of(row["model"], attack_steps=0, own_side=1)  # when each kind ends is all that is asked
-    return [{**mark, "time": summed(of_a_step, ends, mark["step"], row["plan"]) / yard.steps} for mark in marks]
+    return summed(of_a_step, ends, steps, row["plan"])
+
+
+def dated(row: Mapping[str, Any], rounds: Rounds, yard: Yardstick) -> list[Mark]:
+    """The marks of a row with their ``time``, in times of the whole baseline."""
+    return [{**mark, "time": taken(row, typical(rounds), mark["step"]) / yard.steps} for mark in row["marks"]]
 
 
 def reached(marks: Sequence[Mark], target: float, most: float, by: str = "time") -> Mark | None:
@@ -94,15 +90,17 @@ def at_equal_time(marks: Sequence[Mark]) -> Mark | None:
     return next((mark for mark in reversed(marks) if mark["time"] <= 1 + 1e-9), None)
 
 
-def line(name: str, says: str, marks: Sequence[Mark], warned: Sequence[str], yard: Yardstick, most: float, n: int) -> str:
+def line(name: str, says: str, row: Mapping[str, Any], rounds: Rounds, yard: Yardstick, most: float, n: int) -> str:
     """A row of the table."""
-    equal, last, mark = at_equal_time(marks), marks[-1], reached(marks, yard.robust, most)
+    marks, steps = dated(row, rounds, yard), row["marks"][-1]["step"]
+    equal, mark = at_equal_time(marks), reached(marks, yard.robust, most)
     accuracies = ["", ""] if equal is None else [shown(equal[key], n) for key in ("robust_accuracy", "clean_accuracy")]
     took = ["not reached", "", ""] if mark is None else [
         f"{share:.2f}" for share in (mark["time"], mark["cost"] / yard.cost, mark["images"] / yard.images)
     ]
-    of_a_step = last["time"] / last["step"] * yard.steps
-    return f"| {' | '.join([name, says, *took, *accuracies, f'{of_a_step:.2f}', '; '.join(warned) or '-'])} |"
+    ends = [taken(row, one, steps) / steps for one in (typical(rounds), *rounds)]
+    of_a_step = f"{ends[0]:.2f}" + (f" ({min(ends[1:]):.2f} to {max(ends[1:]):.2f})" if len(rounds) > 1 else "")
+    return f"| {' | '.join([name, says, *took, *accuracies, of_a_step, '; '.join(row['warned']) or '-'])} |"
 
 
 def place(marks: Sequence[Mark], yard: Yardstick, most: float) -> tuple[bool, float]:
@@ -131,17 +129,22 @@ def page(recipe: Mapping[str, Any], results: Path) -> str:
         f"to compare these rows by and no verdict on a model. It took {yard.cost:.3g} forwards.",
         "",
         f"To that accuracy, by the first evaluation (each {recipe['every']} steps) at or above it, as shares of what the baseline's",
-        f"{steps} steps took. {(UNTIMED if times is None else TIMED)[0]}",
-        f"{(UNTIMED if times is None else TIMED)[1]} `images` with repetitions.",
-        f"`not reached`: not in {most:g} times the baseline's. Accuracies in % ± one standard error over images, by the last evaluation",
-        "within the baseline's time; `time of a step`: mean, over the baseline's. Differences below twice the seeds' standard deviation",
+        f"{steps} steps took. `time` ranks the rows: steps of each kind times what such a step takes, over a step of the baseline,",
+        "measured in short runs in turn (median of rounds). `forwards` are counted where they happen, of one image through the whole",
+        f"tower; `images` with repetitions. `not reached`: not in {most:g} times the baseline's time. Accuracies in % ± one standard error",
+        f"over images, by the last evaluation within the baseline's time (so up to {recipe['every']} steps before its end);",
+        "`time of a step`: mean, over the baseline's, and its range over rounds. Differences below twice the seeds' standard deviation",
         "say nothing, and the first crossing of a noisy curve comes early for every row, the baseline's own among them.",
         "",
+    ]
+    if times is None:
+        return "\n".join([*lines, "Steps are not timed yet (`--time`, on a quiet machine), so no row is trained.", ""])
+    lines += [
         f"| {' | '.join(COLUMNS)} |",
         "|" + "---|" * len(COLUMNS),
     ]
     told = {name: row["says"] for name, row in recipe["rows"].items()}
-    marks = {name: dated(row, None if times is None else times.get(name, [1.0]), yard) for name, row in rows.items()}
-    for name in sorted(rows, key=lambda name: place(marks[name], yard, most)):
-        lines.append(line(name, told.get(name, "the baseline"), marks[name], rows[name]["warned"], yard, most, n))
+    rounds = {name: times.get(name, THE_UNIT) for name in rows}
+    for name in sorted(rows, key=lambda name: place(dated(rows[name], rounds[name], yard), yard, most)):
+        lines.append(line(name, told.get(name, "the baseline"), rows[name], rounds[name], yard, most, n))
     return "\n".join([*lines, ""])

@@ -31,16 +31,12 @@ class Meter(L.Callback):
 
     Args:
         every: steps between two marks.
-        target: robust accuracy to reach; none: the run goes on to its end.
-        budget: ``cost`` of what the run is compared with.
-        enough: a run that has reached the target goes on until it has spent so many budgets.
-        most: so many end any run.
+        target: robust accuracy that ends the run; none: it goes on to its last step.
+        least: steps that it makes in any case.
     """
 
-    def __init__(
-        self, every: int = 50, target: float | None = None, budget: float | None = None, enough: float = 1.0, most: float = 3.0
-    ) -> None:
-        self.every, self.target, self.budget, self.enough, self.most = every, target, budget, enough, most
+    def __init__(self, every: int = 50, target: float | None = None, least: int = 0) -> None:
+        self.every, self.target, self.least = every, target, least
         self.sums = {"cost": 0.0, "images": 0.0}
         self.marks: list[dict[str, float]] = []
         self.counting = False
@@ -87,11 +83,10 @@ class Meter(L.Callback):
             trainer.should_stop = trainer.should_stop or self.over()
 
     def over(self) -> bool:
-        """Whether the last mark ends the run."""
-        if self.budget is None or not self.marks:
+        """Whether the last mark ends the run: the target was reached, by it or earlier, and the least is made."""
+        if self.target is None or not self.marks:
             return False
-        reached = self.target is not None and any(mark["robust_accuracy"] >= self.target for mark in self.marks)
-        return self.marks[-1]["cost"] >= self.budget * (self.enough if reached else self.most)
+        return self.marks[-1]["step"] >= self.least and any(mark["robust_accuracy"] >= self.target for mark in self.marks)
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and marks."""

@@ -20,7 +20,7 @@ from aft.clip.reduced import reduced
 from aft.methods import OptimizerSpec, Phase, TeCoA, WarmStart
 from bench import cheaper_report, cheaper_training
 from bench.meter import MARKS, Meter, cost_of_a_forward
-from bench.step_cost import Part, parts_of, planned, spent
+from bench.step_cost import Part, parts_of, planned, spent, summed
 from datamodules import Sample
 from tests.conftest import TINY, make_trainer
 
@@ -94,19 +94,18 @@ def marks(*robust: float, cost: float = 1.0) -> list[dict[str, float]]:
 
 
 def test_when_a_run_is_over() -> None:
-    """Reached and as much spent as the baseline (or as is enough), or three times as much."""
-    meter = Meter(target=0.2, budget=4.0)
-    for robust, over in [((0.1,) * 4, False), ((0.1, 0.25, 0.1), False), ((0.1, 0.25, 0.1, 0.1), True), ((0.1,) * 12, True)]:
+    """Reached, at whatever evaluation, and the least steps made; without a target never."""
+    meter = Meter(target=0.2, least=400)
+    for robust, over in [((0.1,) * 12, False), ((0.1, 0.25, 0.1), False), ((0.1, 0.25, 0.1, 0.1), True), ((0.1,) * 4 + (0.2,), True)]:
         meter.marks = marks(*robust)
         assert meter.over() == over
-    meter = Meter(target=0.2, budget=4.0, enough=1.5)
-    for count, over in ((5, False), (6, True)):
-        meter.marks = marks(*[0.3] * count)
-        assert meter.over() == over
+    meter = Meter()
+    meter.marks = marks(0.9)
+    assert not meter.over()
 
 
 def test_rows_are_ranked_by_their_evaluations(tmp_path: Path) -> None:
-    """The target is the baseline's mean end; first crossing, equal time, not reached, warnings; forwards stand for a time not measured."""
+    """The target is the baseline's mean end; first crossing, equal time, not reached, warnings."""
     plain: dict[str, Any] = {"plan": 400, "model": {}, "warned": []}
     late = {"phases": [{"until": 0.5, "attack": {"steps": 1}}]}
     rows = {
@@ -125,51 +124,57 @@ def test_rows_are_ranked_by_their_evaluations(tmp_path: Path) -> None:
         assert "20.0 % robust accuracy (mean of 2 seeds" in page
         return [text.split(" | ") for text in page.splitlines() if text.startswith("| ")][1:]
 
-    found = table()
-    assert [cells[0] for cells in found] == ["| free_4", "| late_strength", "| tecoa_seed1", "| tecoa_seed0", "| fgsm"]
-    assert found[0][2:5] == ["0.25", "0.25", "0.25"] and found[2][2] == "1.00" and found[2][5].startswith("22.0 ±")
-    assert found[3][2] == found[4][2] == "not reached" and "catastrophic overfitting at step 100" in found[4][-1]
-    assert "Not timed yet" in cheaper_report.page(recipe, tmp_path)
-
-    ratios = {name: [1.0] * (1 + len(row.get("model", {}).get("phases", []))) for name, row in recipe["rows"].items()}
-    (tmp_path / "times.json").write_text(json.dumps({"ratios": {**ratios, "free_4": [1.8], "late_strength": [0.4, 1.2]}}))
+    assert "not timed yet" in cheaper_report.page(recipe, tmp_path) and not table()
+    ratios = {name: [[1.0] * (1 + len(row.get("model", {}).get("phases", [])))] for name, row in recipe["rows"].items()}
+    own = {"free_4": [[1.7], [1.8], [2.0]], "late_strength": [[0.4, 1.2], [0.4, 1.4], [0.3, 1.2]]}
+    (tmp_path / "times.json").write_text(json.dumps({"ratios": {**ratios, **own}}))
     found = table()
     assert [cells[0] for cells in found] == ["| late_strength", "| free_4", "| tecoa_seed1", "| tecoa_seed0", "| fgsm"]
     assert found[0][2] == "0.50", "two hundred cheap steps, one hundred dear ones, of four hundred"
-    assert found[1][2:4] == ["0.90", "0.25"] and found[1][-2] == "1.80"
-    assert "Not timed yet" not in cheaper_report.page(recipe, tmp_path)
+    assert found[1][2:5] == ["0.90", "0.25", "0.25"] and found[1][-2] == "1.80 (1.70 to 2.00)"
+    assert found[0][-2] == "0.88 (0.84 to 1.00)", "of five hundred: two hundred cheap, three hundred dear"
+    assert found[2][2] == "1.00" and found[2][5].startswith("22.0 ±")
+    assert found[3][2] == found[4][2] == "not reached" and "catastrophic overfitting at step 100" in found[4][-1]
 
 
 def test_each_kind_of_steps_is_timed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A phase for a whole run, and what comes after it; ratios over the baseline's step, medians of rounds."""
+    """A phase for a whole run, and what comes after it; over the mean of the baseline's steps before and after; in turn, and back."""
     late = {"phases": [{"until": 0.7, "clean": True}], "warm_start": {}}
-    recipe = {"timing": {"rounds": 3, "steps": 8}, "rows": {"late": {"model": late}}}
-    asked: list[dict[str, Any]] = []
-    given = iter([2.0, 1.0, 2.0, 4.0, 1.0, 4.0, 1.0, 3.0, 1.0])
+    recipe = {"timing": {"rounds": 2, "steps": 8}, "rows": {"late": {"model": late}, "plain": {}}}
+    asked: list[tuple[str, dict[str, Any]]] = []
+    given = iter([1.0, 1.0, 2.0, 4.0, 3.0, 4.0, 1.0, 2.0, 3.0, 4.0])
 
     def seconds(recipe: Any, label: str, row: Any, model: dict[str, Any]) -> float:
         """As the clock might say."""
-        asked.append(model)
+        asked.append((label, model))
         return next(given)
 
     monkeypatch.setattr(cheaper_training, "seconds_of_a_step", seconds)
-    assert cheaper_training.step_times(recipe) == {"baseline": [1.0], "late": [0.5, 1.0]}
-    assert asked[:3] == [{}, {"phases": [{"until": 1.0, "clean": True}], "warm_start": {}}, {"warm_start": {}}]
+    times = cheaper_training.step_times(recipe)
+    assert times == {"late": [[0.5, 1.0], [0.5, 0.75]], "plain": [[2.0], [0.25]]} and cheaper_report.typical(times["late"]) == [0.5, 0.875]
+    assert [model for _, model in asked[:3]] == [{}, {"phases": [{"until": 1.0, "clean": True}], "warm_start": {}}, {"warm_start": {}}]
+    assert [label for label, _ in asked] == [
+        "baseline-before-0", "late-0-0", "late-1-0", "plain-0-0", "baseline-after-0",
+        "baseline-before-1", "plain-0-1", "late-0-1", "late-1-1", "baseline-after-1",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("label", yaml.safe_load(cheaper_training.RECIPE.read_text())["rows"])
 def test_every_plan_spends_what_the_baseline_spends(label: str) -> None:
-    """Within a step; the phases that a run gets end at the plan's steps; the rest of three budgets is at full strength."""
+    """Within a step; the phases that a run gets end at the plan's steps; a run may last three times the baseline's time, rounded up."""
     recipe = yaml.safe_load(cheaper_training.RECIPE.read_text())
     row, budget = recipe["rows"][label], 400 * Part(1.0, 2).operations(CONFIG)
-    plan, steps = cheaper_training.steps_of(row, recipe, CONFIG, 32)
     parts = parts_of(row.get("model", {}), 2, 32)
+    times = [0.6] * (len(parts) - 1) + [0.9]
+    length = cheaper_training.length_of(row, recipe, CONFIG, 32, times)
+    plan, steps = length.plan, length.most
     assert spent(parts, CONFIG, plan, plan) == pytest.approx(budget, abs=1.01 * max(p.operations(CONFIG) for p in parts))
     assert planned(parts, CONFIG) * plan == pytest.approx(budget, rel=2e-3)
-    assert 3 * budget <= spent(parts, CONFIG, steps, plan) < 3 * budget + 51 * parts[-1].operations(CONFIG)
+    assert 1200 <= summed(times, parts, steps, plan) < 1200 + 50
+    assert summed(times, parts, length.least, plan) <= 400 < summed(times, parts, length.least + 50, plan)
     phases = cheaper_training.with_ends(row.get("model", {}), plan, steps).get("phases", [])
     assert [round(p["until"] * steps) for p in phases] == [round(p["until"] * plan) for p in row.get("model", {}).get("phases", [])]
-    assert steps % recipe["every"] == 0
+    assert steps % recipe["every"] == 0 == length.least % recipe["every"]
 
 
 def test_a_row_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,7 +189,13 @@ def test_a_row_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, capsy
 def test_a_row_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest is measured; the end names it."""
     monkeypatch.setattr(cheaper_training, "RESULTS", tmp_path)
-    monkeypatch.setattr(cheaper_training, "baseline", lambda recipe: (0.2, 100.0))
+    monkeypatch.setattr(cheaper_training, "baseline", lambda recipe: 0.2)
+    monkeypatch.setattr("sys.argv", ["cheaper_training"])
+    with pytest.raises(SystemExit, match="--time"):
+        cheaper_training.main()
+    rows = yaml.safe_load(cheaper_training.RECIPE.read_text())["rows"]
+    ones = {name: [[1.0] * (1 + len(row.get("model", {}).get("phases", [])))] for name, row in rows.items()}
+    (tmp_path / "times.json").write_text(json.dumps({"ratios": ones}))
 
     def train(recipe: Any, label: str, *given: Any) -> dict[str, Any]:
         """One fails."""
