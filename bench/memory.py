@@ -6,7 +6,8 @@ Plain is the same step without an attack: cross-entropy of clean images to class
 * ``saved``: most bytes that autograd held for a backward pass at any time of the step, each storage once, weights and images left out
   (hooks on what is saved; what a recomputed block saves for a moment is not in it);
 * ``allocated``: most bytes that torch's allocator gave out in the step above what was there before it (on a GPU
-  ``max_memory_allocated``, on a CPU the allocations that the profiler sees);
+  ``max_memory_allocated``, on a CPU the allocations that the profiler sees); the gradients of the step before, which go on the way,
+  make room;
 * ``kept``: what is there when the step begins: weights, teacher, the optimiser's state, and gradients of the step before, which stay
   until the backward pass.
 
@@ -106,14 +107,19 @@ def saving(known: set[int]) -> Iterator[Saved]:
 class Allocated:
     """Most bytes given out by torch's allocator above what was there at ``start``."""
 
-    def start(self) -> None:
-        """From here."""
+    def start(self, module: nn.Module) -> None:
+        """From here. On a CPU the profiler sees no end of what it did not see begin: gradients, which a step frees, are copied under it."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
-        else:
-            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-            self.profiler.start()
+            return
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self.profiler.start()
+        self.before = 0
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
+                self.before += parameter.grad.nbytes
 
     def stop(self) -> int:
         """To here; the most bytes."""
@@ -126,7 +132,7 @@ class Allocated:
         for _, change in sorted(changes, key=lambda one: one[0]):
             now += change
             most = max(most, now)
-        return most
+        return most - self.before
 
 
 class Measure(L.Callback):
@@ -151,7 +157,7 @@ class Measure(L.Callback):
             return
         self.kept = kept_bytes(pl_module, trainer.optimizers[0])
         self.allocated = Allocated()
-        self.allocated.start()
+        self.allocated.start(pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """After it."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -55,15 +57,30 @@ def test_methods_hold_what_their_views_are(tiny: ModelSpec) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_gradients_of_the_step_before_are_kept(tiny: ModelSpec, tmp_path: Path) -> None:
-    """Of plain fine-tuning by AdamW: the whole model, and of each weight that learns two moments and one gradient.
-
-    A step that begins frees those gradients before it makes its own: what is allocated in it is counted from below what was there.
-    """
+    """Of plain fine-tuning by AdamW: the whole model, and of each weight that learns two moments and one gradient."""
     found = memory.measured("plain", tiny, 32, 4, less=False)
     method = memory.make("plain", tiny)
     whole, learning = ([p.nbytes for p in method.parameters() if p.requires_grad or every] for every in (True, False))
     buffers = sum(b.nbytes for b in method.buffers())
     assert found["kept"] == pytest.approx(sum(whole) + buffers + 3 * sum(learning), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["plain", "PMGAFT"])
+def test_gradients_that_are_freed_make_room(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Late in the backward pass a step holds the same, whether the last step's gradients were there when it began or not."""
+    there = memory.measured(name, ModelSpec("miniclip32"), 32, 2, less=False)
+    start = memory.Measure.on_train_batch_start
+
+    def without(self: memory.Measure, trainer: L.Trainer, module: L.LightningModule, batch: Any, place: int) -> None:
+        """The step before leaves none."""
+        module.zero_grad()
+        start(self, trainer, module, batch, place)
+
+    monkeypatch.setattr(memory.Measure, "on_train_batch_start", without)
+    gone = memory.measured(name, ModelSpec("miniclip32"), 32, 2, less=False)
+    assert there["kept"] - gone["kept"] > 10e6
+    assert there["kept"] + there["allocated"] == pytest.approx(gone["kept"] + gone["allocated"], rel=0.02)
 
 
 def test_the_command_shows_and_keeps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
