@@ -22,7 +22,7 @@ from aft.clip.matmul import products
 from aft.methods import TeCoA
 from bench.machine import processor, quiet
 from bench.page import fenced, fill, table
-from bench.speed.evaluation import cell_of, forwards, gradient_attacks, robust_model
+from bench.speed.evaluation import cell_of, forwards, of_two_attacks, robust_model
 from bench.speed.row import Effort
 from bench.speed.setting import BASE, MINI, ROOT, MadeUp, trainer
 from bench.speed.training import ADAMW, attack_of
@@ -93,7 +93,7 @@ def steps_of(clip: ModelSpec, batch_size: int, attack_steps: int) -> Work:
 
 def an_evaluation(images: int, steps: int) -> Work:
     """APGD-CE and APGD-T at 2/255, checks and verdicts included."""
-    cell = gradient_attacks(cell_of(robust_model(), "four", 2 / 255, images), steps)
+    cell = of_two_attacks(cell_of(robust_model(), "four", 2 / 255, images), steps)
 
     def run(context: AbstractContextManager[Any]) -> None:
         """All images at once."""

@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Literal
 
 import torch
@@ -323,6 +324,7 @@ def threat_model(norm: str, eps: float | str) -> ThreatModel:
     return models[norm](eps=eps)
 
 
+@cache
 def _at_most(value: float, dtype: torch.dtype) -> float:
     """The largest number of ``dtype`` that is not above ``value``."""
     near = torch.tensor(value, dtype=dtype)

@@ -171,7 +171,8 @@ class ClipModule(L.LightningModule):
         if batch.labels is None:
             raise DataError("this batch has no labels: the method learns from classes; use labelled data.")
         known = len(self.data.class_lists["train"]) if classes is None else classes
-        if batch.labels.numel() and not (0 <= int(batch.labels.min()) and int(batch.labels.max()) < known):
+        low, high = torch.stack(batch.labels.aminmax()).tolist() if batch.labels.numel() else (0, 0)  # the device is asked once
+        if not (0 <= low and high < known):
             outside = [int(y) for y in batch.labels if not 0 <= int(y) < known]
             raise DataError(
                 f"labels {outside[:5]} are outside the class list of {known} names: class list and data do not belong together."

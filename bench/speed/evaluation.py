@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -78,16 +79,16 @@ def broken_usual(effort: Effort) -> Found:
     return Found(values, {}, {"images": len(cell.data), "broken": len(broken), "protocol": "four", "eps": USUAL})
 
 
-def gradient_attacks(cell: Cell, steps: int) -> Cell:
+def of_two_attacks(cell: Cell, steps: int) -> Cell:
     """The same cell with the protocol's first two attacks alone, and so many steps."""
     shorter = (replace(one, attack=replace(one.attack, steps=steps)) for one in cell.protocol.attacks[:2])  # type: ignore[type-var]
     return replace(cell, protocol=replace(cell.protocol, attacks=tuple(shorter)))
 
 
-def ends(model: ZeroShotModel, protocol: str, images: int, steps: int) -> tuple[float, float]:
-    """Forwards an image under APGD-CE and APGD-T, ours or AutoAttack's own, where all break at once, and where none breaks."""
-    cells = [gradient_attacks(cell_of(model, protocol, eps, images), steps) for eps in (AT_ONCE, NEVER)]
-    (early, none), (full, every) = map(forwards, cells)
+def ends(model: ZeroShotModel, protocol: str, images: int, quick: bool) -> tuple[float, float]:
+    """Forwards an image where all break at once and where none does, of four attacks (quick: two, five steps): ours or AutoAttack's own."""
+    cells = [cell_of(model, protocol, eps, images) for eps in (AT_ONCE, NEVER)]
+    (early, none), (full, every) = (forwards(of_two_attacks(cell, 5) if quick else cell) for cell in cells)
     if (none, every) != (0.0, 1.0):
         raise AssertionError(f"robust shares of {none} and {every} where 0 and 1 are meant.")
     return early / len(cells[0].data), full / len(cells[1].data)
@@ -96,39 +97,38 @@ def ends(model: ZeroShotModel, protocol: str, images: int, steps: int) -> tuple[
 def by_share(effort: Effort) -> Found:
     """Forwards of ours over AutoAttack's own for a set whose robust share is a half; other shares beside.
 
-    ``((1 - p) early + p full)`` of both, from the counted ends; APGD-CE and APGD-T, which are all of the attacks' gradients but FAB's.
+    ``((1 - p) early + p full)`` of both, from the counted ends. The share is of images that are right when clean.
     """
     if importlib.util.find_spec("pyautoattack") is None:
         raise NotHere("package pyautoattack is not installed (extra eval)")
-    images, steps = 2, 5 if effort.quick else STEPS
     model = robust_model()
-    (early, full), (stock_early, stock_full) = (ends(model, name, images, steps) for name in ("four", "autoattack_standard"))
+    (early, full), (stock_early, stock_full) = (ends(model, name, 2, effort.quick) for name in ("four", "autoattack_standard"))
     shares = (0.0, 0.25, 0.5, 0.75, 1.0)
     curve = {f"{p:g}": ((1 - p) * early + p * full) / ((1 - p) * stock_early + p * stock_full) for p in shares}
-    told = {"attacks": "APGD-CE, APGD-T", "steps": steps, "targets": TARGETS, "by_robust_share": curve,
-            "forwards": {"ours": [early, full], "autoattack": [stock_early, stock_full]}}  # fmt: skip
+    told = {"by_robust_share": curve, "forwards": {"ours": [early, full], "autoattack": [stock_early, stock_full]}}
     return Found([curve["0.5"]], {}, told)
 
 
 def along_shares(effort: Effort) -> Found:
     """Forwards an image under APGD-CE and APGD-T (20 steps, 3 targets) over the straight line between its two ends.
 
-    The ends are counted: no image robust (all break at once), and every image robust. Between them lie radii of a robust model with other
-    shares: an image that breaks late costs more than the line says, so 1 is the least. ``curve`` has forwards and seconds an image.
+    Of images that are right when clean: another costs one forward. The ends are counted: none of them robust (all break at once), and every
+    one robust. Between them lie radii of a robust model with other shares: an image that breaks late costs more than the line says, so
+    1 is the least. ``curve`` has forwards and seconds an image, the latter once a round, all radii in turn; the first round is not kept.
     """
-    images, radii = (4, (2,)) if effort.quick else (128, (0.5, 1, 2, 4))
+    images, radii, rounds = (4, (2,), 1) if effort.quick else (64, (0.5, 1, 2, 4), 3)
     model = robust_model()
-
-    def under(eps: float) -> dict[str, float]:
-        """One radius, in units of the pixel range."""
-        cell = replace(cell_of(model, "four", eps, images), protocol=plan("apgd", eps=eps, steps=20, targets=3, classes=10))
-        began = time.perf_counter()
-        spent, share = forwards(cell)
-        seconds, there = time.perf_counter() - began, len(cell.data)
-        return {"eps": eps, "robust_share": share, "forwards": spent / there, "seconds": seconds / there, "images": there}
-
-    none, every = under(AT_ONCE), under(NEVER)
-    curve = [none, *(under(radius / 255) for radius in radii), every]
-    line = [none["forwards"] + one["robust_share"] * (every["forwards"] - none["forwards"]) for one in curve]
-    values = [one["forwards"] / straight for one, straight in zip(curve, line, strict=True)][1:-1]
-    return Found(values, {}, {"attacks": "APGD-CE, APGD-T", "steps": 20, "targets": 3, "images": curve[0]["images"], "curve": curve})
+    curve: dict[float, dict[str, Any]] = {}
+    for turn in range(1 + rounds):
+        for eps in (AT_ONCE, *(radius / 255 for radius in radii), NEVER):
+            cell = replace(cell_of(model, "four", eps, images), protocol=plan("apgd", eps=eps, steps=20, targets=3, classes=10))
+            began = time.perf_counter()
+            spent, share = forwards(cell)
+            seconds, there = time.perf_counter() - began, len(cell.data)
+            one = curve.setdefault(eps, {"eps": eps, "robust_share": share, "forwards": spent / there, "images": there, "seconds": []})
+            one["seconds"] += [seconds / there] if turn else []
+    none, *_, every = curve.values()
+    line = [none["forwards"] + one["robust_share"] * (every["forwards"] - none["forwards"]) for one in curve.values()]
+    values = [one["forwards"] / straight for one, straight in zip(curve.values(), line, strict=True)][1:-1]
+    told = {"attacks": "APGD-CE, APGD-T", "steps": 20, "targets": 3, "images": none["images"], "curve": [*curve.values()]}
+    return Found(values, {}, told)

@@ -57,10 +57,10 @@ class FirstStep(L.Callback):
         self.stamps["trains"] = time.time()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        """A batch is there; what was waited for it, but for the first one of an epoch."""
+        """A batch is there; what was waited for it, but for the first one of the run."""
         self.began = time.time()
         self.stamps.setdefault("first_batch", self.began)
-        self.waited = None if self.ended is None or not batch_idx else self.began - self.ended
+        self.waited = None if self.ended is None else self.began - self.ended
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A step is done; it is kept beside its wait."""

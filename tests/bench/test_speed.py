@@ -261,16 +261,28 @@ def test_the_stretches_of_a_start_are_shown(capsys: pytest.CaptureFixture[str]) 
 
 def test_the_cost_of_an_evaluation_is_shown_by_its_robust_share() -> None:
     """On the page, in the order of the shares; the suite's time is that of all of its images."""
-    curve = [{"robust_share": share, "forwards": 3 + 85 * share, "seconds": 0.01 + 0.1 * share} for share in (0.0, 1.0, 0.25)]
+    curve = [{"robust_share": share, "forwards": 3 + 85 * share, "seconds": [one * (0.01 + 0.09 * share) for one in (1, 1, 3)]}
+             for share in (0.0, 1.0, 0.25)]
+    curve[0]["seconds"] = [0.02, 0.01, 0.03]
     told = {"attacks": "APGD-CE", "steps": 20, "targets": 3, "images": 4, "curve": curve}
     row = record.measured(row_of([1.0], name="along_shares"), Found([1.0], {}, told), Effort(), 1.0, 0.0)
     shown = [line for line in record.page({**record.head(Effort()), "rows": [row]}).splitlines() if "%" in line]
     images = sum(one.images for one in table().values())
     assert [line.split("|")[1:4] for line in shown] == [
-        [" 0% ", " 3.0 ", " 10 "], [" 25% ", " 24.2 ", " 35 "], [" 100% ", " 88.0 ", " 110 "]
+        [" 0% ", " 3.0 ", " 0.10 (0.10 to 0.20) "], [" 25% ", " 24.2 ", " 0.33 (0.33 to 0.33) "],
+        [" 100% ", " 88.0 ", " 1.00 (1.00 to 1.00) "],
     ]  # fmt: skip
-    assert shown[0].split("|")[4].strip() == span(0.01 * images)
+    assert shown[0].split("|")[4].strip() == span(0.02 * images)
     assert record.shares_in_words([record.missing(row_of([1.0], name="along_shares"), "no")]) == ""
+
+
+def test_what_early_exit_saves_is_shown_by_the_robust_share(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the screen and on the page."""
+    found = Found([0.5], {}, {"by_robust_share": {"0": 0.03, "0.5": 0.5, "1": 0.99}})
+    row = record.measured(row_of([0.5], name="robust_share"), found, Effort(), 1.0, 0.0)
+    said = "ours over AutoAttack's own, by the robust share: 0.03 at 0%, 0.50 at 50%, 0.99 at 100%."
+    record.show([row])
+    assert said in " ".join(capsys.readouterr().out.split()) and said in record.page({**record.head(Effort()), "rows": [row]})
 
 
 def test_a_wait_that_comes_seldom_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +293,7 @@ def test_a_wait_that_comes_seldom_counts(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_wait_stands_beside_the_step_that_it_came_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one of an epoch is not counted, and moves no other: two epochs of two steps, each step ten times as long as the last."""
+    """The first one of the run is not counted, one between epochs is: two epochs of two steps, each step ten times as long as the last."""
     now = 0.0
     monkeypatch.setattr(startup.time, "time", lambda: now)
     watch, file = startup.FirstStep(str(tmp_path / "stamps.json")), tmp_path / "stamps.json"
@@ -292,4 +304,4 @@ def test_a_wait_stands_beside_the_step_that_it_came_before(tmp_path: Path, monke
         watch.on_train_batch_end(None, None, None, None, batch_idx)  # type: ignore[arg-type]
     watch.on_train_end(None, None)  # type: ignore[arg-type]
     told = json.loads(file.read_text())
-    assert list(zip(told["waits"], told["steps"], strict=True)) == [(0.5, 10.0), (0.25, 1000.0)]
+    assert list(zip(told["waits"], told["steps"], strict=True)) == [(0.5, 10.0), (7.0, 100.0), (0.25, 1000.0)]
