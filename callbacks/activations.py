@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -27,7 +28,7 @@ class ActivationCheckpointing(L.Callback):
         if not hasattr(visual, "set_grad_checkpointing") or not hasattr(visual, "transformer"):
             raise ConfigError(f"{type(visual).__name__} cannot recompute activations: take callbacks.ActivationCheckpointing out.")
         assert isinstance(visual, nn.Module)
-        self.handle = visual.transformer.register_forward_pre_hook(by_mode)
+        self.handle = visual.transformer.register_forward_pre_hook(partial(by_mode, visual))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """As it was before."""
@@ -35,6 +36,6 @@ class ActivationCheckpointing(L.Callback):
             self.handle.remove()
 
 
-def by_mode(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Recomputes in training mode only."""
-    module.grad_checkpointing = module.training  # type: ignore[assignment]
+def by_mode(visual: nn.Module, blocks: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Recomputes while the tower trains: its frozen parts, as all blocks behind learned prompts, are in eval mode then, too."""
+    blocks.grad_checkpointing = visual.training  # type: ignore[assignment]

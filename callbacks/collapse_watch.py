@@ -20,7 +20,7 @@ from aft.methods import AdversarialFineTuning
 class CollapseWatch(L.Callback):
     """Every so many steps, on the images of that step: robust accuracy under one large step and under many small ones.
 
-    Logged: ``watch/one_step`` and ``watch/multi_step`` (robust accuracy of the training images under FGSM and under PGD, at the radius of
+    Logged: ``watch/one_step`` and ``watch/multi_step`` (robust accuracy of the training images under FGSM and under PGD, in the ball of
     training), ``watch/drift`` (one minus the mean cosine of clean embeddings to the teacher's: where no term has one, the model's that the
     run starts from; random weights are compared with themselves at this start) and ``watch/largest_class_share`` (of clean predictions).
     Warned of, once a run, with the step and the one of the look before, between which it began:
@@ -85,8 +85,9 @@ class CollapseWatch(L.Callback):
         model, text_KD = module.model, module.class_bank("train")
         objective = ClassificationObjective(lambda x: model(x, text_KD), labels_B, modules=(model,))
         keys_B = sample_keys(module.seed, module.current_epoch, batch.index)
-        one_step = FGSM(eps=eps)
-        multi_step = PGD(eps=eps, relative_step_size=0.25, steps=self.steps, keep="best")
+        norm = getattr(module.attack, "norm", "linf")
+        one_step = FGSM(eps=eps, norm=norm)
+        multi_step = PGD(eps=eps, norm=norm, relative_step_size=0.25, steps=self.steps, keep="best")
         found = [attack(objective, batch.images, keys_B).x_BCHW for attack in (one_step, multi_step)]
         assert self.reference is not None
         first, before_BD = self.reference

@@ -11,6 +11,7 @@ import torch
 
 from aft.attacks import PGD
 from aft.clip import ModelSpec
+from aft.clip.trainable import TrainableSpec
 from aft.errors import ConfigError
 from aft.methods import OptimizerSpec, Phase, TeCoA
 from callbacks import ActivationCheckpointing, Probe
@@ -18,18 +19,25 @@ from tests.conftest import Calls, MemoryData, make_trainer
 from tests.towers import register
 
 
-def trained(spec: ModelSpec, data: MemoryData, folder: Path, *callbacks: L.Callback) -> tuple[TeCoA, int]:
+def trained(spec: ModelSpec, data: MemoryData, folder: Path, trainable: TrainableSpec, *callbacks: L.Callback) -> tuple[TeCoA, int]:
     """One step of TeCoA with two attack steps: the method, and how often its first block ran."""
-    method = TeCoA(spec, attack=PGD(eps="8/255", step_size="4/255", steps=2), optimizer=OptimizerSpec(name="sgd", lr=1.0))
+    plain = OptimizerSpec(name="sgd", lr=1.0)
+    method = TeCoA(spec, attack=PGD(eps="8/255", step_size="4/255", steps=2), optimizer=plain, trainable=trainable)
     calls = Calls(next(iter(method.model.visual.transformer.resblocks)))
     make_trainer(folder, max_steps=1, limit_val_batches=0, callbacks=[*callbacks]).fit(method, datamodule=data)
     return method, calls.count
 
 
-def test_only_the_training_forward_is_computed_again(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:
-    """k + 1 forwards of the block become k + 2, and the weights after the step are the same."""
-    plain, forwards = trained(tiny, data, tmp_path)
-    less, with_it = trained(tiny, data, tmp_path, ActivationCheckpointing())
+@pytest.mark.parametrize("trainable", [TrainableSpec(), TrainableSpec(name="prompts", pad=4, tokens=2), TrainableSpec(name="lora")],
+                         ids=lambda spec: spec.name)  # fmt: skip
+def test_only_the_training_forward_is_computed_again(
+    trainable: TrainableSpec, tiny: ModelSpec, data: MemoryData, tmp_path: Path
+) -> None:
+    """k + 1 forwards of the block become k + 2, and the weights after the step are the same; also where the block itself is frozen."""
+    torch.manual_seed(0)
+    plain, forwards = trained(tiny, data, tmp_path, trainable)
+    torch.manual_seed(0)
+    less, with_it = trained(tiny, data, tmp_path, trainable, ActivationCheckpointing())
     assert (forwards, with_it) == (3, 4)
     pairs = zip(plain.parameters(), less.parameters(), strict=True)
     assert all(torch.allclose(one, other, atol=1e-7) for one, other in pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,26 @@ def test_it_changes_nothing_and_logs_its_figures(tiny: ModelSpec, data: MemoryDa
     assert all(torch.equal(value, watched[key]) for key, value in plain.items())
     assert all(0 <= float(logged[f"watch/{name}"]) <= 1 for name in ("one_step", "multi_step", "largest_class_share"))
     assert 0 < float(logged["watch/drift"]) < 2
+
+
+def test_it_looks_inside_the_ball_of_training(
+    tiny: ModelSpec, data: MemoryData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its norm: an L-inf ball of the same number would break every image, and hide what there is to see."""
+    lengths: list[float] = []
+    attacked = PGD.__call__
+
+    def noted(self: PGD, objective: Any, x_BCHW: torch.Tensor, *given: Any) -> Any:
+        """How far the points of the watch, of 3 steps, and of FGSM, of one, are moved."""
+        found = attacked(self, objective, x_BCHW, *given)
+        lengths.extend((found.x_BCHW - x_BCHW).flatten(1).norm(dim=1).tolist())
+        return found
+
+    monkeypatch.setattr(PGD, "__call__", noted)
+    attack = PGD(eps="128/255", step_size="64/255", steps=1, norm="l2")
+    method = TeCoA(tiny, attack=attack, optimizer=OptimizerSpec(lr=1e-3))
+    make_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[CollapseWatch(every=1, steps=3)]).fit(method, datamodule=data)
+    assert len(lengths) >= 2 * data.batch_size and max(lengths) <= 128 / 255 + 1e-6
 
 
 def test_drift_is_from_the_teacher_and_a_warning_is_given_once_a_run(tiny: ModelSpec, data: MemoryData, tmp_path: Path) -> None:

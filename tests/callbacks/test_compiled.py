@@ -56,6 +56,18 @@ def test_compiled_steps_are_eager_steps(tiny: ModelSpec, tmp_path: Path, capsys:
     assert not any("_orig_mod" in name for name in method.state_dict()) and method.model.visual._compiled_call_impl is None
 
 
+def test_gradients_of_compiled_graphs_are_eager_ones(tiny: ModelSpec, tmp_path: Path) -> None:
+    """By graphs whose backward pass is made when they are compiled (no compiler is needed): one made while weights are frozen, in the
+    attack, and used again for training would leave every weight where it is."""
+    torch._dynamo.reset()
+    data = MemoryData(dtype=torch.float64)
+    _, eager = gradients(tiny, data, tmp_path)
+    _, compiled = gradients(tiny, data, tmp_path, Compiled(backend="aot_eager"))
+    largest = max(float(value.abs().max()) for value in eager.values())
+    for name, value in eager.items():
+        assert float(value.abs().max()) > 0 and float((compiled[name] - value).abs().max()) < 1e-10 * largest, name
+
+
 def test_what_has_no_image_tower_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no image tower"):
         Compiled().on_fit_start(make_trainer(tmp_path), L.LightningModule())
