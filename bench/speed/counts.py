@@ -27,6 +27,7 @@ from aft.methods import (
     TRADES,
     AdversarialFineTuning,
     AdvFLYP,
+    ContrastivePretraining,
     SimCLIP,
     TeCoA,
 )
@@ -37,9 +38,10 @@ from bench.speed.training import ADAMW, attack_of
 #: Forwards of image towers in a step beside the attack's k, by method; none of the text tower but for what is said.
 BESIDE_THE_ATTACK: dict[type[AdversarialFineTuning], int] = {
     TeCoA: 1, PMGAFT: 3, TGAZSR: 3, LAAT: 2, TIMA: 2, FARE: 2, SimCLIP: 3, LORE: 3, AGFT: 2, AdvFLYP: 3, SAFT: 1, TRADES: 3,
+    ContrastivePretraining: 1,
 }  # fmt: skip
-#: AdvFLYP draws captions for each batch, which are encoded once a step.
-TEXTS_A_STEP = {AdvFLYP: 1}
+#: Those that draw captions for each batch encode them once a step.
+TEXTS_A_STEP = {AdvFLYP: 1, ContrastivePretraining: 1}
 
 
 class Held:

@@ -12,10 +12,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from aft import methods
 from aft.clip import cost, load_model
 from aft.errors import ConfigError, DataError
 from aft.evaluation.effort import span
-from aft.methods import FARE, TeCoA
+from aft.methods import FARE, AdversarialFineTuning, TeCoA
 from bench.page import placed
 from bench.speed import __main__ as command
 from bench.speed import counts, record, startup
@@ -88,6 +89,12 @@ def test_a_call_too_many_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts.encoder_calls(Effort()).values == [0.0]
     monkeypatch.setattr(counts, "BESIDE_THE_ATTACK", {first: 2})
     assert counts.encoder_calls(Effort()).values == [1.0]
+
+
+def test_every_method_is_counted() -> None:
+    """A new one, too: the row says of all methods."""
+    kinds = {kind for kind in vars(methods).values() if isinstance(kind, type) and issubclass(kind, AdversarialFineTuning)}
+    assert counts.BESIDE_THE_ATTACK.keys() == kinds - {AdversarialFineTuning}
 
 
 def test_every_second_time_the_others_come_first() -> None:

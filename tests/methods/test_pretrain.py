@@ -47,6 +47,15 @@ def test_a_caption_is_true_of_every_class_that_has_its_phrase(data: MemoryData, 
         assert drawn_captions(data.class_phrases, labels[4:], keys[4:], ("a photo of a {}.", "{}"), 0.3).texts == texts[4:]
 
 
+def test_the_texts_of_a_step_are_encoded_once_and_class_texts_where_they_are_logged(data: MemoryData, tmp_path: Path) -> None:
+    """Four steps with a log at every second: four passes over captions, two over class texts, and one when the run begins."""
+    method = pretraining(attack=PGD(eps="4/255", step_size="4/255", steps=1))
+    calls = Calls(method.model.clip.get_submodule("transformer"))
+    trainer = make_trainer(tmp_path, max_steps=4, limit_val_batches=0, log_every_n_steps=2)
+    trainer.fit(method, datamodule=data)
+    assert calls.count == 7 and 0 <= float(trainer.callback_metrics["train/adversarial_accuracy"]) <= 1
+
+
 @pytest.mark.parametrize("attack", [None, PGD(eps="4/255", step_size="4/255", steps=2)])
 def test_both_towers_and_the_scale_learn_and_the_loss_falls(data: MemoryData, tmp_path: Path, attack: PGD | None) -> None:
     """Clean: one image forward a step; adversarial: k + 1."""
