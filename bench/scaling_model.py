@@ -81,11 +81,6 @@ class Step:
         """``compute / seconds``: the share of n processes' work that is training."""
         return self.compute / self.seconds(network, n, overlap)
 
-    @property
-    def wire(self) -> float:
-        """Bytes that go into all-reduces."""
-        return sum(self.buckets)
-
 
 def buckets_of(sizes: Sequence[int], first: int = 2**20, cap: int = 25 * 2**20) -> list[int]:
     """Bytes of DDP's buckets for parameters of these bytes, given in the order of the model: filled from the last one on.

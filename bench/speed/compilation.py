@@ -43,6 +43,8 @@ def measured(effort: Effort) -> Found:
             attack_pass(fast, images_BCHW)
         except Exception as error:  # no C++ compiler, no Triton: torch raises many kinds
             raise NotHere(f"torch.compile does not work here ({type(error).__name__})") from error
+        if effort.device == "cuda":
+            torch.cuda.synchronize()
         first = time.perf_counter() - began
         passes = (lambda: attack_pass(eager, images_BCHW)), (lambda: attack_pass(fast, images_BCHW))
         found = without_over_with(*passes, effort, 20, {"model": MINI.name, "batch_size": 64, "products": products()})

@@ -255,6 +255,14 @@ def test_the_page_says_what_was_measured() -> None:
     assert not json.loads(command.OUT.read_text())["quick"]
 
 
+def test_what_was_measured_is_what_is_measured() -> None:
+    """A row that says, reaches for or is called something else today has to be measured again: python -m bench.speed --only ROW."""
+    if not command.OUT.exists():
+        pytest.skip("results/bench.json is not there: run make bench")
+    told = [(row["name"], row["what"], row.get("target")) for row in record.read(command.OUT)["rows"]]
+    assert told == [(row.name, row.what, None if (aim := row.aim(Effort())) is None else str(aim)) for row in ROWS]
+
+
 def test_the_stretches_of_a_start_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     """On the screen and on the page; nothing is said where no start was measured."""
     found = Found([4.0, 6.0], {"imports": [3.0, 5.0], "first step": [1.0, 1.0]}, {"imports": {"torch": 1.25, "numpy": 0.5}})
