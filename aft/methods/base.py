@@ -285,7 +285,7 @@ class AdversarialFineTuning(ClipModule):
             values.update({f"train/{name}/{key}": figure.detach() for key, figure in term.figures.items()})
         if adversarial is not None:
             values["attack/gain"] = adversarial.gain_B.mean()
-        every = self.trainer.log_every_n_steps
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         read = every > 0 and (self.global_step + 1) % every == 0  # where texts learn, the bank of this step costs a pass of the text tower
         if targets.has_labels and "adversarial" in vars(views) and (read or not self.trains_text):
             with torch.no_grad():
