@@ -14,8 +14,8 @@ from torch import Tensor
 
 #: Multiplications M K N from which on the other kernel pays: a call of it takes some 60 microseconds more.
 LEAST = 2**22
-#: Terms K of a sum, over rows M, up to which it pays.
-LONGEST = 4
+#: Columns N from which it pays although the left matrix is a transposed one, whose rows oneDNN lays out anew first.
+WIDE = 256
 #: Set to 0, nothing is replaced.
 SWITCH = "AFT_ONEDNN"
 _libraries: list[torch.library.Library] = []  # a replacement lasts as long as its library
@@ -24,13 +24,12 @@ _libraries: list[torch.library.Library] = []  # a replacement lasts as long as i
 def use_onednn() -> bool:
     """Sends large fp32 products of this process's CPU to oneDNN, where that is faster; says whether they go there.
 
-    torch's wheels multiply fp32 matrices by MKL, which takes a slow path on processors that are not Intel's: on an AMD EPYC with
-    AVX-512 about 97 GFLOP/s a core, while oneDNN, in the same wheel, reaches 210. Only ``aten::mm`` and ``aten::addmm`` of fp32
-    matrices with ``K <= 4 M`` and at least ``LEAST`` multiplications are replaced, below autograd and autocast: gradients, gradients of
-    gradients and counted operations are as before, and results differ by the order of their sums. Longer sums, such as gradients of
-    weights over very many tokens, are torch's still: oneDNN took up to five times as long for them. Programs call this once, at
-    their start; importing ``aft`` replaces nothing. Whether a product is large depends on the images of its batch, too: other batches,
-    other last bits.
+    torch's wheels multiply fp32 matrices by MKL, which takes a slow path on processors that are not Intel's: on an AMD EPYC with AVX-512
+    about 97 GFLOP/s a core, while oneDNN, in the same wheel, reaches 210. Only ``aten::mm`` and ``aten::addmm`` of fp32 matrices with at
+    least ``LEAST`` multiplications are replaced, below autograd and autocast: gradients, gradients of gradients and counted operations are
+    as before, and results differ by the order of their sums. A transposed left matrix, as a gradient of weights has it, goes there only if
+    it meets ``WIDE`` columns or more: with fewer, oneDNN took up to three times as long. Programs call this once, at their start; importing
+    ``aft`` replaces nothing. Whether a product is large depends on the images of its batch, too: other batches, other last bits.
 
     Does nothing on Intel's processors, which MKL serves well, on those without AVX-512, where nothing was measured, without MKL or oneDNN,
     and where ``AFT_ONEDNN=0`` is set.
@@ -81,11 +80,12 @@ def vendor() -> str:
 
 
 def _fits(left_MK: Tensor, right_KN: Tensor) -> bool:
-    """Large fp32 matrices that can be multiplied, and sums that are not long; torch says what is wrong with others."""
+    """Large fp32 matrices that can be multiplied, the left one as it lies or the right one wide; torch says what is wrong with others."""
     if not all(one.ndim == 2 and one.dtype == torch.float32 for one in (left_MK, right_KN)):
         return False
-    rows, inner = left_MK.shape
-    return inner == right_KN.shape[0] and inner <= LONGEST * rows and rows * right_KN.numel() >= LEAST
+    as_it_lies = left_MK.is_contiguous() or not left_MK.t().is_contiguous()
+    fits = left_MK.shape[1] == right_KN.shape[0] and left_MK.shape[0] * right_KN.numel() >= LEAST
+    return fits and (as_it_lies or right_KN.shape[1] >= WIDE)
 
 
 def _mm(left_MK: Tensor, right_KN: Tensor) -> Tensor:

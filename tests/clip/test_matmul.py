@@ -46,6 +46,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, on_amd: None) -> list[tuple[int, ...]
 
     monkeypatch.setattr(matmul, "_product", noted)
     monkeypatch.setattr(matmul, "LEAST", 1000)
+    monkeypatch.setattr(matmul, "WIDE", 16)
     assert matmul.use_onednn()
     return seen
 
@@ -57,9 +58,10 @@ def made(*sides: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tokens", [None, 3])
-def test_gradients_are_those_of_float64(calls: list[tuple[int, ...]], bias: bool, tokens: int | None) -> None:
+@pytest.mark.parametrize("width", [12, 24])
+def test_gradients_are_those_of_float64(calls: list[tuple[int, ...]], bias: bool, tokens: int | None, width: int) -> None:
     """A layer, its gradients, and a gradient of a gradient (an attack through a defence that climbs): to fp32's last bits."""
-    given = [made(20, *([] if tokens is None else [tokens]), 12), made(8, 12), *([made(8)] if bias else [])]
+    given = [made(20, *([] if tokens is None else [tokens]), width), made(8, width), *([made(8)] if bias else [])]
     exact = [one.detach().double().requires_grad_() for one in given]
     found: list[list[Tensor]] = []
     for x, *layer in (given, exact):
@@ -69,14 +71,14 @@ def test_gradients_are_those_of_float64(calls: list[tuple[int, ...]], bias: bool
     for ours, wanted in zip(*found, strict=True):
         assert torch.allclose(ours.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.detach().abs().max()))
     rows = 20 * (tokens or 1)
-    assert {(rows, 12, 8), (rows, 8, 12)} <= set(calls), "forward, by the input"
-    assert ((8, rows, 12) in calls) is (rows <= matmul.LONGEST * 8), "by the weights, where the sum is not long"
+    assert {(rows, width, 8), (rows, 8, width)} <= set(calls), "forward, by the input"
+    assert ((8, rows, width) in calls) is (width >= matmul.WIDE), "by the weights, where they are wide"
 
 
 def test_order_in_memory_does_not_matter(calls: list[tuple[int, ...]]) -> None:
     """Transposed and strided matrices, and one expanded over rows."""
     for left in (made(30, 40).t(), made(40, 60)[:, ::2], made(1, 30).expand(40, 30)):
-        for right in (made(10, 30).t(), made(30, 20)[:, ::2]):
+        for right in (made(16, 30).t(), made(30, 32)[:, ::2]):
             assert torch.allclose(left @ right, (left.double() @ right.double()).float(), atol=1e-5)
     assert len(calls) == 6
 
@@ -86,10 +88,10 @@ def test_order_in_memory_does_not_matter(calls: list[tuple[int, ...]]) -> None:
     (made(40, 40).bfloat16(), made(40, 40).bfloat16()),
     (torch.ones(40, 40, dtype=torch.int64), torch.ones(40, 40, dtype=torch.int64)),
     (made(5, 5), made(5, 5)),
-    (made(10, 41), made(41, 40)),
+    (made(41, 40).t(), made(41, 15)),
     (made(40, 0), made(0, 40)),
     (made(40, 40).detach().to_sparse(), made(40, 40)),
-], ids=["float64", "bf16", "int64", "small", "long sum", "empty", "sparse"])  # fmt: skip
+], ids=["float64", "bf16", "int64", "small", "transposed and narrow", "empty", "sparse"])  # fmt: skip
 def test_all_else_is_left_to_torch(calls: list[tuple[int, ...]], left: Tensor, right: Tensor) -> None:
     """The very results that torch gives without us."""
     ours = left @ right, torch.addmm(right[:1, 0:1].to_dense() if right.numel() else made(1), left, right, beta=2, alpha=3)
