@@ -27,6 +27,7 @@ from aft.attacks import PGD
 from aft.cards import write_whole
 from aft.clip.attention import unfold_attention
 from aft.clip.matmul import products, use_onednn, use_torch, wanted
+from aft.clip.patches import embed_by_convolution
 from aft.errors import DataError
 from aft.evaluation import origin
 from aft.methods import FARE, AdversarialFineTuning, OptimizerSpec, TeCoA
@@ -78,6 +79,12 @@ def untouched(method: AdversarialFineTuning) -> list[L.Callback]:
 def with_torchs_attention(method: AdversarialFineTuning) -> list[L.Callback]:
     """Without the folded projection."""
     unfold_attention(method.model.visual)
+    return []
+
+
+def with_torchs_convolution(method: AdversarialFineTuning) -> list[L.Callback]:
+    """Patches by a convolution."""
+    embed_by_convolution(method.model.visual)
     return []
 
 
@@ -135,6 +142,7 @@ class SpeedUp:
 
 SPEED_UPS: dict[str, SpeedUp] = {
     "folded": SpeedUp(with_torchs_attention, untouched),
+    "patches": SpeedUp(with_torchs_convolution, untouched),
     "channels_last": SpeedUp(in_usual_order, untouched, made=tecoa_resnet),
     "cache_teacher": SpeedUp(untouched, with_a_cache, made=fare),
     "compiled": SpeedUp(untouched, lambda method: [Compiled()]),

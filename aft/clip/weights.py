@@ -31,6 +31,7 @@ from aft.clip.files import HUB, SUFFIXES, fetched_from_hub, file_hash, load_stri
 from aft.clip.fit import INPUT, Sizes, check_fit, sizes_of_config, sizes_of_state
 from aft.clip.layouts import Layout, detect
 from aft.clip.model import ModelRecord, ZeroShotModel, state_hash
+from aft.clip.patches import embed_by_product
 from aft.clip.text_transform import stored_transform
 from aft.clip.towers import order_for_convolutions
 from aft.clip.trainable import as_trained
@@ -109,6 +110,7 @@ def load_model(spec: ModelSpec | str = ModelSpec()) -> ZeroShotModel:
     for parameter in [*model.text_parameters, *model.text_transform.parameters(), model.clip.get_parameter("logit_scale")]:
         parameter.requires_grad_(False)
     fold_attention(model.visual)
+    embed_by_product(model.visual)
     order_for_convolutions(model.visual)
     return model.float().eval()
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from aft.clip import ModelSpec, load_model
-from aft.clip.attention import unfold_attention
 from aft.clip.matmul import products, torchs_products, use_onednn, use_torch
 from aft.clip.weights import build_clip, describe
 from bench.speed.row import Effort, Found, NotHere, ratios
@@ -61,14 +60,19 @@ def attack_pass(tower: nn.Module, images_BCHW: Tensor) -> Tensor:
     return torch.autograd.grad(tower(leaf_BCHW).float().square().sum(), leaf_BCHW)[0]
 
 
-def folded(clip: ModelSpec, batch_size: int, repeats: int) -> Callable[[Effort], Found]:
-    """Torch's own attention against :class:`aft.clip.attention.FoldedAttention`, in the pass of an attack; torch's products on both."""
+def undone(undo: Callable[[nn.Module], None], clip: ModelSpec, batch_size: int, repeats: int) -> Callable[[Effort], Found]:
+    """A tower as torch has it against ours, in the pass of an attack; torch's products on both.
+
+    Args:
+        undo: takes the one change back, in place.
+        clip, batch_size, repeats: of the row.
+    """
 
     def measure(effort: Effort) -> Found:
         """Both towers frozen."""
         ours, side = tower_of(clip, effort)
         torchs = copy.deepcopy(ours)
-        unfold_attention(torchs)
+        undo(torchs)
         images_BCHW = torch.rand(batch_size, 3, side, side, device=effort.on)
         with torchs_products():
             told: dict[str, object] = {"model": clip.name, "batch_size": batch_size, "products": products()}

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from aft.clip import matmul
+from aft.clip.attention import unfold_attention
+from aft.clip.patches import embed_by_convolution
 from bench.speed import compilation, tricks
 from bench.speed.row import Effort, NotHere
 from bench.speed.rows import ROWS
@@ -47,8 +49,19 @@ def test_compiled_and_eager_multiply_alike(used: list[str]) -> None:
     assert set(used) == {"torch"} and found.told["products"] == "torch" and matmul.products() == "onednn"
 
 
-def test_attention_is_compared_by_torchs_products(used: list[str]) -> None:
-    found = tricks.folded(tiny(), 4, 2)(QUICK)
+@pytest.mark.parametrize("undo", [unfold_attention, embed_by_convolution])
+def test_ours_and_torchs_are_compared_by_torchs_products(undo: Callable[[nn.Module], None], used: list[str]) -> None:
+    """And only one side is taken back."""
+    kinds: list[set[type]] = []
+
+    def noted(tower: nn.Module) -> None:
+        """Before and after."""
+        kinds.append({type(module) for module in tower.modules()})
+        undo(tower)
+        kinds.append({type(module) for module in tower.modules()})
+
+    found = tricks.undone(noted, tiny(), 4, 2)(QUICK)
+    assert len(kinds) == 2 and kinds[0] != kinds[1]
     assert set(used) == {"torch"} and found.told["products"] == "torch" and matmul.products() == "onednn"
 
 
@@ -64,7 +77,7 @@ def test_an_error_leaves_products_as_they_were(used: list[str], monkeypatch: pyt
 
     for module in (tricks, compilation):
         monkeypatch.setattr(module, "attack_pass", fails)
-    for row in (tricks.onednn, tricks.folded(tiny(), 4, 2), compilation.measured):
+    for row in (tricks.onednn, tricks.undone(unfold_attention, tiny(), 4, 2), compilation.measured):
         with pytest.raises((MemoryError, NotHere)):
             row(QUICK)
         assert matmul.products() == "onednn"

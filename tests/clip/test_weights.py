@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from aft.clip import ModelSpec, ZeroShotModel, architectures, load_model, weights
 from aft.clip.enlarge import regrid
 from aft.clip.fit import check_fit, sizes_of_config, sizes_of_state
+from aft.clip.patches import embed_by_convolution
 from aft.errors import ConfigError, WeightsError
 from tests.conftest import TINY
 
@@ -219,9 +220,10 @@ def test_an_activation_against_the_models_own_is_refused(tiny: ModelSpec, tiny_f
 
 
 def test_another_image_size_warns_and_is_open_clips_own_resize(tiny_folder: Path) -> None:
-    """Bicubic interpolation of the positions: what open_clip gives with force_image_size, to the bit."""
+    """Bicubic interpolation of the positions: what open_clip gives with force_image_size, to the bit where patches are a convolution."""
     with pytest.warns(UserWarning, match="images of 32 px to 48 px"):
         loaded = load_model(ModelSpec("tiny", image_size=48))
+    embed_by_convolution(loaded.visual)
     theirs = open_clip.create_model(f"local-dir:{tiny_folder}", force_image_size=48).eval()
     images = torch.rand(2, 3, 48, 48)
     torch.testing.assert_close(loaded.encode(images).embedding_BD, theirs.encode_image(loaded.pixels(images)), rtol=0, atol=0)
