@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aft.clip.attention import unfold_attention
+from aft.clip.matmul import torchs_products
 from aft.clip.patches import embed_by_convolution
 from bench.speed import compilation, counts, evaluation, processes, startup, tricks
 from bench.speed.row import Row, Target
@@ -45,9 +46,9 @@ ROWS: tuple[Row, ...] = (
         processes.same_gradients, Target("at most", 1e-10)),
     Row("two_overhead", "twice a step of two processes / a step of one, same global batch, one thread each", processes.overhead),
     Row("folded", "attack's pass with torch's attention / with ours, MiniCLIP-32, torch's products",
-        tricks.undone(unfold_attention, MINI, 64, 20)),
-    Row("folded_b32", "the same, ViT-B/32, batch 8", tricks.undone(unfold_attention, BASE, 8, 5)),
-    Row("patches", "attack's pass, patches by a convolution / by a product, MiniCLIP-32, torch's products",
+        tricks.undone(unfold_attention, MINI, 64, 20, torchs_products)),
+    Row("folded_b32", "the same, ViT-B/32, batch 8", tricks.undone(unfold_attention, BASE, 8, 5, torchs_products)),
+    Row("patches", "attack's pass, patches by a convolution / by a product, MiniCLIP-32",
         tricks.undone(embed_by_convolution, MINI, 64, 20)),
     Row("patches_b32", "the same, ViT-B/32, batch 8", tricks.undone(embed_by_convolution, BASE, 8, 10)),
     Row("cache_teacher", "FARE's step, teacher asked / its encodings kept, 2 attack steps, MiniCLIP-32",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -60,12 +61,16 @@ def attack_pass(tower: nn.Module, images_BCHW: Tensor) -> Tensor:
     return torch.autograd.grad(tower(leaf_BCHW).float().square().sum(), leaf_BCHW)[0]
 
 
-def undone(undo: Callable[[nn.Module], None], clip: ModelSpec, batch_size: int, repeats: int) -> Callable[[Effort], Found]:
-    """A tower as torch has it against ours, in the pass of an attack; torch's products on both.
+def undone(
+    undo: Callable[[nn.Module], None], clip: ModelSpec, batch_size: int, repeats: int,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Callable[[Effort], Found]:  # fmt: skip
+    """A tower as torch has it against ours, in the pass of an attack.
 
     Args:
         undo: takes the one change back, in place.
         clip, batch_size, repeats: of the row.
+        around: both sides, such as ``torchs_products``.
     """
 
     def measure(effort: Effort) -> Found:
@@ -74,7 +79,7 @@ def undone(undo: Callable[[nn.Module], None], clip: ModelSpec, batch_size: int, 
         torchs = copy.deepcopy(ours)
         undo(torchs)
         images_BCHW = torch.rand(batch_size, 3, side, side, device=effort.on)
-        with torchs_products():
+        with around():
             told: dict[str, object] = {"model": clip.name, "batch_size": batch_size, "products": products()}
             passes = (lambda: attack_pass(torchs, images_BCHW)), (lambda: attack_pass(ours, images_BCHW))
             return without_over_with(*passes, effort, repeats, told)
