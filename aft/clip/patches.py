@@ -10,7 +10,7 @@ class PatchEmbedding(nn.Conv2d):
     """A convolution whose kernels lie side by side, as a product on a CPU: ``patches [B G H, C p p] @ weight [C p p, W]``.
 
     Its gradient by the pixels, which every step of an attack takes, is a product as well; torch's own of such a convolution took 4 to 11
-    times as long on a CPU, a tenth of an attack on ViT-B/32. The mathematics is the same; so are parameters and their names. Images that
+    times as long on a CPU, a fifth of an attack on ViT-B/32. The mathematics is the same; so are parameters and their names. Images that
     are no whole number of patches, and other devices, where nothing was measured, go the old way.
 
     See :func:`embed_by_product`; a module is never built as this class.
