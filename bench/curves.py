@@ -1,4 +1,4 @@
-"""Loss curves without and with each speed-up: ``python -m bench.curves`` (100 steps, 3 seeds each; about 15 minutes on two idle cores).
+"""Loss curves without and with each speed-up: ``python -m bench.curves`` (100 steps, 3 seeds each; about 50 minutes of one core).
 
 MiniCLIP-32 (for channels last a small ResNet) on the embedded sample. Where the mathematics is unchanged both curves run in float64 and
 must be equal: in fp32 the signs of small gradients differ by rounding, and the curves part. Where sums or roundings change they run in
@@ -44,25 +44,27 @@ OUT, PAGE = ROOT / "results" / "curves.json", ROOT / "docs" / "performance.md"
 STEPS, SEEDS = 100, 3
 #: Of a loss, relative: what two curves of the same mathematics may differ by in float64.
 EQUAL = 1e-6
+#: Images a step of curves that must be equal, whatever they are made of, and of those that are held against the noise of seeds.
+EQUAL_BATCH, NOISY_BATCH = 32, 64
 
 #: Changes a method before it trains, and gives callbacks.
 Change = Callable[[AdversarialFineTuning], list[L.Callback]]
 
 
-def tecoa(seed: int) -> tuple[AdversarialFineTuning, L.LightningDataModule]:
+def tecoa(seed: int, batch_size: int) -> tuple[AdversarialFineTuning, L.LightningDataModule]:
     """TeCoA with crops and mirror images."""
-    return TeCoA(MINI, **settings(seed)), Sample(batch_size=64, augment="crop_flip", seed=seed)
+    return TeCoA(MINI, **settings(seed)), Sample(batch_size=batch_size, augment="crop_flip", seed=seed)
 
 
-def tecoa_resnet(seed: int) -> tuple[AdversarialFineTuning, L.LightningDataModule]:
+def tecoa_resnet(seed: int, batch_size: int) -> tuple[AdversarialFineTuning, L.LightningDataModule]:
     """TeCoA on a small ResNet; its first weights are the seed's."""
     torch.manual_seed(seed)
-    return TeCoA(tiny_resnet(), **settings(seed)), Sample(batch_size=64, augment="crop_flip", seed=seed)
+    return TeCoA(tiny_resnet(), **settings(seed)), Sample(batch_size=batch_size, augment="crop_flip", seed=seed)
 
 
-def fare(seed: int) -> tuple[AdversarialFineTuning, L.LightningDataModule]:
-    """FARE on images that are the same each time; its second epoch begins at the 32nd step."""
-    return FARE(MINI, **settings(seed)), Sample(batch_size=64, augment="none", seed=seed)
+def fare(seed: int, batch_size: int) -> tuple[AdversarialFineTuning, L.LightningDataModule]:
+    """FARE on images that are the same each time; with 32 a step its second epoch begins at the 64th."""
+    return FARE(MINI, **settings(seed)), Sample(batch_size=batch_size, augment="none", seed=seed)
 
 
 def settings(seed: int) -> dict[str, Any]:
@@ -127,7 +129,7 @@ class SpeedUp:
     Args:
         without, with_it: what each changes.
         unchanged: whether the mathematics is the same.
-        made: method and data, for a seed.
+        made: method and data, for a seed and a batch size.
         precision: of the trainer with it, where that is what is changed.
         here: whether there is a difference on this machine.
     """
@@ -135,7 +137,7 @@ class SpeedUp:
     without: Change
     with_it: Change
     unchanged: bool = True
-    made: Callable[[int], tuple[AdversarialFineTuning, L.LightningDataModule]] = tecoa
+    made: Callable[[int, int], tuple[AdversarialFineTuning, L.LightningDataModule]] = tecoa
     precision: Any = None
     here: Callable[[], bool] = lambda: True
 
@@ -164,7 +166,7 @@ class Losses(L.Callback):
 
 def curve(one: SpeedUp, change: Change, precision: Any, seed: int, steps: int) -> list[float]:
     """The losses of a run."""
-    method, data = one.made(seed)
+    method, data = one.made(seed, EQUAL_BATCH if one.unchanged else NOISY_BATCH)
     losses = Losses()
     trainer(Effort(), steps, [losses, *change(method)], precision=precision).fit(method, datamodule=data)
     return losses.values

@@ -23,16 +23,17 @@ def small(tiny: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curves, "MINI", tiny)
 
 
-def test_the_folded_projection_leaves_the_curve_where_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["folded", "patches"])
+def test_another_order_of_products_leaves_the_curve_where_it_is(name: str, tmp_path: Path) -> None:
     out = tmp_path / "curves.json"
-    assert curves.main(["--only", "folded", "--steps", "2", "--seeds", "1", "--out", str(out)]) == 0
-    told = json.loads(out.read_text())["speed_ups"]["folded"]
+    assert curves.main(["--only", name, "--steps", "2", "--seeds", "1", "--out", str(out)]) == 0
+    told = json.loads(out.read_text())["speed_ups"][name]
     assert told["holds"] and len(told["with"][0]) == 2 and told["with"][0][0] > 0
 
 
 def test_channels_last_leaves_the_curve_where_it_is() -> None:
     """On a ResNet, whose weights lie otherwise in memory on the two sides."""
-    orders = [curves.tecoa_resnet(0)[0] for _ in range(2)]
+    orders = [curves.tecoa_resnet(0, 2)[0] for _ in range(2)]
     curves.in_usual_order(orders[0])
     last = [any(w.dim() == 4 and not w.is_contiguous() for w in method.model.visual.parameters()) for method in orders]
     told = curves.compared("channels_last", range(1), 2)
@@ -49,8 +50,8 @@ def test_a_cache_leaves_the_curve_where_it_is_and_is_asked(monkeypatch: pytest.M
         return call(self, index, images, lambda rows: (asked.append(len(rows)), encode(rows))[1])
 
     monkeypatch.setattr(TeacherCache, "__call__", counted)
-    told = curves.compared("cache_teacher", range(1), 34)
-    assert told["holds"] and sum(asked) <= 2000 and len(asked) < 34 and told["precision"] == "64-true"
+    told = curves.compared("cache_teacher", range(1), 66)
+    assert told["holds"] and sum(asked) <= 2000 and len(asked) < 66 and told["precision"] == "64-true"
 
 
 def test_another_curve_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
