@@ -70,7 +70,8 @@ def estimate(
     if mark is None or row is None or yard is None:
         return Estimate(of_a_step, PAIRS * of_a_step)
     whole = with_text(spent(parts, config, mark["step"], row["plan"]), mark["step"], config) * row["batch"]
-    return Estimate(of_a_step, PAIRS * of_a_step, PAIRS * whole / yard.images, mark["images"] / yard.images)
+    of_the_baseline = yard.crossing * yard.images  # to the first evaluation that is good enough, as of the option
+    return Estimate(of_a_step, PAIRS * of_a_step, PAIRS * whole / of_the_baseline, mark["images"] / of_the_baseline)
 
 
 def estimates(recipe: Mapping[str, Any], results: Path) -> dict[str, Estimate]:

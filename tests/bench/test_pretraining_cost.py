@@ -60,6 +60,22 @@ def test_what_was_measured_counts_images_and_phases(tmp_path: Path) -> None:
     assert found["lost"].measured is None and "not reached" in lost and "no loss" in lost
 
 
+def test_the_baseline_is_held_to_its_own_first_crossing(tmp_path: Path) -> None:
+    """Two seeds that end at 0.25 and 0.5: one had their mean at half of its images, the other never has, and counts whole."""
+
+    def row(*robust: float) -> dict[str, Any]:
+        """An evaluation each 100 steps."""
+        marks = [{"step": 100 * n, "images": 100.0 * n, "cost": 100.0 * n, "robust_accuracy": r} for n, r in enumerate(robust, 1)]
+        return {"marks": marks, "plan": 200, "batch": 1, "warned": []}
+
+    rows = {"tecoa_seed0": row(0.125, 0.25), "tecoa_seed1": row(0.375, 0.5), "same": row(0.125, 0.375)}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    recipe = yaml.safe_load(RECIPE.read_text())
+    recipe["rows"] = {"same": {}}
+    found = bench.estimates(recipe, tmp_path)["same"]
+    assert found.images == pytest.approx(200 / 150) and found.measured == pytest.approx(400e6 * BASELINE * 200 / 150)
+
+
 def test_hours_and_the_published_run() -> None:
     """Its own hours come back; the other end is the assumption."""
     operations = bench.estimate([bench.Part(float("inf"), 0)], CONFIG).no_loss
