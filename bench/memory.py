@@ -22,7 +22,7 @@ import gc
 import json
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +31,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch._C._profiler import _EventType
 from torch.utils.data import DataLoader
 
 import aft.methods as methods
@@ -126,13 +127,24 @@ class Allocated:
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated() - self.before
         self.profiler.stop()
-        changes = [(event.start_ns(), event.nbytes()) for event in self.profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-                   if event.name() == "[memory]"]  # fmt: skip
+        held: dict[int, int] = {}
         now = most = 0
-        for _, change in sorted(changes, key=lambda one: one[0]):
-            now += change
-            most = max(most, now)
+        for _, place, size in sorted(allocations(self.profiler.profiler.kineto_results.experimental_event_tree())):  # type: ignore[union-attr]
+            if size > 0:
+                held[place] = size
+                now += size
+                most = max(most, now)
+            else:  # what an earlier profile saw begin and not end may be told to end here, by another block at its place
+                now -= held.pop(place, 0)
         return most - self.before
+
+
+def allocations(events: Sequence[Any]) -> Iterator[tuple[int, int, int]]:
+    """Of a profile's tree of events: time, place, and bytes that were given out (above 0) or taken back."""
+    for event in events:
+        if event.tag == _EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+        yield from allocations(event.children)
 
 
 class Measure(L.Callback):
