@@ -22,7 +22,7 @@ import gc
 import json
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -127,16 +127,22 @@ class Allocated:
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated() - self.before
         self.profiler.stop()
-        held: dict[int, int] = {}
-        now = most = 0
-        for _, place, size in sorted(allocations(self.profiler.profiler.kineto_results.experimental_event_tree())):  # type: ignore[union-attr]
-            if size > 0:
-                held[place] = size
-                now += size
-                most = max(most, now)
-            else:  # what an earlier profile saw begin and not end may be told to end here, by another block at its place
-                now -= held.pop(place, 0)
-        return most - self.before
+        return highest(allocations(self.profiler.profiler.kineto_results.experimental_event_tree())) - self.before  # type: ignore[union-attr]
+
+
+def highest(changes: Iterable[tuple[int, int, int]]) -> int:
+    """Most bytes at once. A block whose beginning is not among the changes does not end: it may be one that an earlier profile saw begin
+    at that place, of another size."""
+    held: dict[int, int] = {}
+    now = most = 0
+    for _, place, size in sorted(changes):
+        if size > 0:
+            held[place] = size
+            now += size
+            most = max(most, now)
+        else:
+            now -= held.pop(place, 0)
+    return most
 
 
 def allocations(events: Sequence[Any]) -> Iterator[tuple[int, int, int]]:
