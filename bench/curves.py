@@ -252,7 +252,7 @@ def main(words: Sequence[str] | None = None) -> int:
     out = place_of(asked.out, OUT, (asked.steps, asked.seeds) != (STEPS, SEEDS))
     quiet()
     start = {"machine": hardware(), "versions": origin.versions(), "steps": asked.steps, "seeds": asked.seeds,
-             "products": products(), "threads": torch.get_num_threads()}  # fmt: skip
+             "products": products(), "threads": torch.get_num_threads(), "images_a_step": [EQUAL_BATCH, NOISY_BATCH]}  # fmt: skip
     found = older(out, start, asked.only) if asked.only else {}
     for name in asked.only or SPEED_UPS:
         found[name] = compared(name, range(asked.seeds), asked.steps)
