@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aft.clip.reclass import reclass
+
 
 class FoldedAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` of a batch with itself, faster, most of all where a gradient by the input alone is taken.
@@ -47,16 +49,12 @@ def attend(query_BHNE: Tensor, key_BHNE: Tensor, value_BHNE: Tensor) -> Tensor:
 
 def fold_attention(tower: nn.Module) -> None:
     """Makes every plain ``nn.MultiheadAttention`` of a tower a :class:`FoldedAttention`, in place; parameters stay where they are."""
-    for module in tower.modules():
-        if type(module) is nn.MultiheadAttention and is_plain(module):
-            module.__class__ = FoldedAttention
+    reclass(tower, nn.MultiheadAttention, FoldedAttention, is_plain)
 
 
 def unfold_attention(tower: nn.Module) -> None:
     """Takes :func:`fold_attention` back, in place: what it is compared with."""
-    for module in tower.modules():
-        if type(module) is FoldedAttention:
-            module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
+    reclass(tower, FoldedAttention, nn.MultiheadAttention)
 
 
 def is_plain(attention: nn.MultiheadAttention) -> bool:

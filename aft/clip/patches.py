@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aft.clip.reclass import reclass
+
 
 class PatchEmbedding(nn.Conv2d):
     """A convolution whose kernels lie side by side, as a product on a CPU: ``patches [B G H, C p p] @ weight [C p p, W]``.
@@ -29,16 +31,12 @@ class PatchEmbedding(nn.Conv2d):
 
 def embed_by_product(tower: nn.Module) -> None:
     """Makes the convolution that cuts a tower's pixels into patches a :class:`PatchEmbedding`, in place; parameters stay where they are."""
-    for module in tower.modules():
-        if type(module) is nn.Conv2d and cuts_pixels(module):
-            module.__class__ = PatchEmbedding
+    reclass(tower, nn.Conv2d, PatchEmbedding, cuts_pixels)
 
 
 def embed_by_convolution(tower: nn.Module) -> None:
     """Takes :func:`embed_by_product` back, in place: what it is compared with."""
-    for module in tower.modules():
-        if type(module) is PatchEmbedding:
-            module.__class__ = nn.Conv2d  # type: ignore[assignment]
+    reclass(tower, PatchEmbedding, nn.Conv2d)
 
 
 def cuts_pixels(convolution: nn.Conv2d) -> bool:
