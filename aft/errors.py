@@ -1,6 +1,8 @@
 """Every exception of the project, and the one sentence form they share: what came, what is allowed, what to do."""
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -26,6 +28,15 @@ class WeightsError(AftError, ValueError):
 
 class RunError(AftError, RuntimeError):
     """A run cannot go on: a foreign run folder, no memory, no such device."""
+
+
+@contextmanager
+def ending_calmly() -> Iterator[None]:
+    """Around a program: an error that its user can mend ends it with ``error:`` and one sentence in place of a traceback, and with 1."""
+    try:
+        yield
+    except AftError as error:
+        sys.exit(f"error: {error}")
 
 
 def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> str:

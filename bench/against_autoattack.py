@@ -24,6 +24,7 @@ from aft.attacks.autoattack import package
 from aft.batch import EvaluationSet
 from aft.cards import standard_error, write_whole
 from aft.clip import ModelSpec, ZeroShotModel, load_model
+from aft.errors import ending_calmly
 from aft.evaluation import Cell, first, plan
 from aft.evaluation.judge import Cost, Judge, scoring
 from aft.evaluation.protocols import QUERIES, STEPS, TARGETS, Budget, four
@@ -108,4 +109,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_calmly():
+        main()

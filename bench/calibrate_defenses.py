@@ -30,7 +30,7 @@ from aft.cards import digest, standard_error, write_whole
 from aft.clip import ZeroShotModel, load_model
 from aft.clip.stages import Draw, draws_for, encode_in_stages
 from aft.defenses import defend, open_gates
-from aft.errors import AftError, ConfigError
+from aft.errors import ConfigError, ending_calmly
 from aft.evaluation import first
 from aft.evaluation.judge import scoring
 from aft.evaluation.tasks import Classification, ClassText
@@ -311,7 +311,5 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
+    with ending_calmly():
         main()
-    except AftError as error:
-        raise SystemExit(f"error: {error}") from None

@@ -23,7 +23,7 @@ import yaml
 
 from aft.cards import write_whole
 from aft.clip.weights import describe
-from aft.errors import unknown_name
+from aft.errors import ending_calmly, unknown_name
 from bench import cheaper_report
 from bench.machine import machine
 from bench.meter import MARKS
@@ -193,4 +193,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_calmly():
+        main()

@@ -35,6 +35,7 @@ from aft.cards import standard_error, write_whole
 from aft.clip import ZeroShotModel, load_model
 from aft.clip.stages import Draw, Stage, Stages
 from aft.defenses.clipure import CLIPureCosRelease
+from aft.errors import ending_calmly
 from aft.evaluation import first
 from aft.evaluation.judge import scoring
 from aft.evaluation.tasks import Classification, ClassText
@@ -184,4 +185,5 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_calmly():
+        main()

@@ -28,7 +28,7 @@ from aft.cards import write_whole
 from aft.clip.attention import unfold_attention
 from aft.clip.matmul import products, use_onednn, use_torch, wanted
 from aft.clip.patches import embed_by_convolution
-from aft.errors import DataError
+from aft.errors import DataError, ending_calmly
 from aft.evaluation import origin
 from aft.methods import FARE, AdversarialFineTuning, OptimizerSpec, TeCoA
 from aft.methods.teacher_cache import TeacherCache
@@ -265,4 +265,5 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending_calmly():
+        sys.exit(main())

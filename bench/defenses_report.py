@@ -13,7 +13,7 @@ import yaml
 
 from aft import cards
 from aft.cards import Card
-from aft.errors import DataError
+from aft.errors import DataError, ending_calmly
 from aft.evaluation.defended_report import told
 from bench.methods_report import markdown
 from bench.page import fill
@@ -123,4 +123,5 @@ def text_of(folder: Path, table: Path = TABLE) -> str:
 
 
 if __name__ == "__main__":
-    fill(PAGE, "bench.defenses_report", text_of(CARDS))
+    with ending_calmly():
+        fill(PAGE, "bench.defenses_report", text_of(CARDS))

@@ -27,7 +27,7 @@ from aft.cards import write_whole
 from aft.clip import ModelSpec, TrainableSpec, ZeroShotModel, load_model
 from aft.clip.merge import add_task_vectors
 from aft.defenses import defend
-from aft.errors import ConfigError, unknown_name
+from aft.errors import ConfigError, ending_calmly, unknown_name
 from aft.export import FORMATS, Head, export
 from tests.conftest import MemoryData
 from tests.export.foreign import OVER_TEXTS, TOLERANCES, differences
@@ -249,7 +249,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with ending_calmly():
         main()
-    except ConfigError as error:
-        sys.exit(f"error: {error}")

@@ -33,6 +33,7 @@ from aft.batch import Batch
 from aft.cards import write_whole
 from aft.clip import ModelSpec
 from aft.clip.cost import vit_cost
+from aft.errors import ending_calmly
 from aft.methods import OptimizerSpec, TeCoA
 from bench.machine import interleaved, machine, place_of, quiet, spread
 from bench.page import fenced, fill, table
@@ -280,4 +281,5 @@ def in_words(told: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_calmly():
+        main()

@@ -39,6 +39,7 @@ from aft.attacks import PGD
 from aft.batch import Batch
 from aft.cards import write_whole
 from aft.clip import ModelSpec
+from aft.errors import ending_calmly
 from aft.methods import AdversarialFineTuning, OptimizerSpec
 from bench.growth import Growth
 from bench.machine import machine, place_of, quiet
@@ -294,4 +295,5 @@ def in_words(title: str, tower: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_calmly():
+        main()

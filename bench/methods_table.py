@@ -25,7 +25,7 @@ import yaml
 from aft.cards import write_whole
 from aft.clip import ModelSpec, load_model
 from aft.clip.pack import pack_tower
-from aft.errors import unknown_name
+from aft.errors import ending_calmly, unknown_name
 from bench import methods_report
 from bench.machine import hardware, machine
 from bench.page import fill
@@ -219,4 +219,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_calmly():
+        main()

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from aft.cards import write_whole
 from aft.clip import ModelSpec, load_model
+from aft.errors import ending_calmly
 from bench.methods_table import RECIPE, RUNS, keep, measure, stands, write_page
 from bench.runs import HERE, Method, fit
 
@@ -94,4 +95,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_calmly():
+        main()

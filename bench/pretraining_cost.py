@@ -16,6 +16,7 @@ import open_clip
 import yaml
 
 from aft.clip.cost import text_forward, vit_cost
+from aft.errors import ending_calmly
 from bench.cheaper_report import Yardstick, kept, reached
 from bench.cheaper_training import RECIPE, RESULTS
 from bench.page import fill
@@ -137,4 +138,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_calmly():
+        main()

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aft.clip import ModelSpec
 from aft.clip.matmul import products
+from aft.errors import ending_calmly
 from aft.methods import TeCoA
 from bench.machine import processor, quiet
 from bench.page import fenced, fill, table
@@ -147,4 +148,5 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_calmly():
+        main()

@@ -23,6 +23,7 @@ import torch
 
 from aft.cards import write_whole
 from aft.clip.cost import vit_cost
+from aft.errors import ending_calmly
 from bench.machine import machine, place_of, ratios, spread
 from bench.page import fenced, fill, table
 from bench.runs import to_the_end
@@ -163,4 +164,5 @@ def in_words(told: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_calmly():
+        main()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from aft.errors import AftError, ConfigError, DataError
+from aft.errors import ConfigError, DataError, ending_calmly
 from datamodules import class_names
 from datamodules.base import HOLDOUT_SEED, choose_in_turn
 from datamodules.captions import ENDINGS, CaptionSource
@@ -156,7 +156,5 @@ def main(args: Sequence[str] | None = None) -> list[Path]:
 
 
 if __name__ == "__main__":
-    try:
+    with ending_calmly():
         main()
-    except AftError as error:
-        sys.exit(f"error: {error}")

@@ -29,7 +29,7 @@ from aft.batch import EvaluationSet
 from aft.clip import ModelSpec, ZeroShotModel, load_model
 from aft.clip.matmul import use_onednn
 from aft.defenses.prior import LatentDiffusionPrior
-from aft.errors import AftError, ConfigError
+from aft.errors import ConfigError, ending_calmly
 
 AT_ONCE = 512
 
@@ -173,7 +173,5 @@ def main(args: list[str] | None = None) -> LatentDiffusionPrior:
 
 
 if __name__ == "__main__":
-    try:
+    with ending_calmly():
         main()
-    except AftError as error:
-        sys.exit(f"error: {error}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from aft.clip.merge import add_files
 from aft.clip.model import ZeroShotModel
 from aft.clip.weights import load_model, named
 from aft.defenses import DefenseSpec
-from aft.errors import AftError, ConfigError
+from aft.errors import ConfigError, ending_calmly
 from aft.export.folder import refuse_taken
 from aft.export.formats import FORMATS, Head
 from aft.export.model_card import Provenance, cards_below
@@ -102,7 +101,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with ending_calmly():
         main()
-    except AftError as error:
-        sys.exit(f"error: {error}")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from aft.errors import AftError, ConfigError, unknown_name
+from aft.errors import ConfigError, ending_calmly, unknown_name
 from aft.submit.estimate import in_words, probe
 from aft.submit.local import run_here
 from aft.submit.plan import Request, followed, read_record, scripts, submit
@@ -132,7 +132,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with ending_calmly():
         sys.exit(main())
-    except AftError as error:
-        sys.exit(f"error: {error}")

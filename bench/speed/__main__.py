@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from aft.errors import ConfigError, unknown_name
+from aft.errors import ConfigError, ending_calmly, unknown_name
 from bench.page import fill
 from bench.speed import record
 from bench.speed.row import Effort, NotHere, Row
@@ -123,4 +123,5 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending_calmly():
+        sys.exit(main())
